@@ -1,0 +1,243 @@
+"""The one settings object: fields, presets, JSON form."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from .errors import ConfigError
+
+SCHEMA_VERSION = 1
+MatchScope = Literal["head", "group"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MacConfig:
+    """What is reused, and when. Immutable; the defaults are the preset ``careful``.
+
+    Parameters
+    ----------
+    window : int, rows, default 512
+        Ring rows per request and layer, ``W >= 2``; the newest ``W - 1`` queries are candidates.
+    band : int, tokens, default 256
+        ``S >= 1``, the newest tokens that are always attended fresh and never stored.
+    sinks : int, tokens, default 4
+        ``F >= 0``, the first tokens, always attended fresh.
+    threshold : float, unitless, default 0.45
+        A head may be reused if its query distance is below ``sqrt(2 D) (1 - threshold)``. Larger is stricter; ``>= 1``
+        never reuses, ``-inf`` always does (measurement only).
+    influence : float or None, unitless, default 0.1
+        Upper bound of (weight of the reused state) x (distance / ``sqrt(2 D)``), ``> 0``; ``None`` turns it off.
+    correction : bool, default True
+        First-order correction of the reused state's weight (adds one ``[Hq, D]`` field to every ring row).
+    min_context : int, tokens, default 2048
+        Requests shorter than this are computed exactly (their rows are stored); more than ``band + sinks``.
+    max_age : int or None, tokens, default 1024
+        Largest distance to the last exact prefix that a reused state descends from, ``>= 1``; ``None``: no limit.
+    match_scope : {"head", "group"}, default "head"
+        Nearest row of every head, or one common row per kv group (smallest worst-head distance).
+    nominees : int or None, default None
+        Rows nominated by the sketch before exact distances are taken, ``>= 1``; ``None`` scans every row exactly.
+    recompute_loaded_groups : bool, default True
+        If any head of a kv group needs its KV, all heads of the group are computed exactly. ``False`` is the rule of
+        the paper, a control that only the reference backend runs.
+
+    Raises
+    ------
+    ConfigError
+        If a value is outside its range; the message names the field, the value and the range.
+
+    Notes
+    -----
+    Source of the method: MAC-Attention, arXiv 2604.00235. Correction, influence bound, age limit and exact loaded
+    groups are ours.
+    """
+
+    window: int = 512
+    band: int = 256
+    sinks: int = 4
+    threshold: float = 0.45
+    influence: float | None = 0.1
+    correction: bool = True
+    min_context: int = 2048
+    max_age: int | None = 1024
+    match_scope: MatchScope = "head"
+    nominees: int | None = None
+    recompute_loaded_groups: bool = True
+
+    def __post_init__(self) -> None:
+        problems = [*_type_problems(self), *_range_problems(self)]
+        if problems:
+            raise ConfigError("bad MacConfig: " + "; ".join(problems))
+
+    @staticmethod
+    def preset(name: str, **changes: Any) -> MacConfig:
+        """Return a named preset, optionally with some fields changed.
+
+        Parameters
+        ----------
+        name : {"careful", "balanced", "fast", "exact", "paper"}
+            See :data:`PRESETS`.
+        **changes
+            Fields to replace.
+
+        Raises
+        ------
+        ConfigError
+            If the name or a field is unknown, or a value is out of range.
+
+        Examples
+        --------
+        >>> MacConfig.preset("fast").influence is None
+        True
+        """
+        if name not in PRESETS:
+            raise ConfigError(f"unknown preset {name!r}{_nearest(name, PRESETS)}; choose one of {', '.join(PRESETS)}")
+        return MacConfig.from_dict({**PRESETS[name].to_dict(), **changes})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as a plain dictionary (without the schema version)."""
+        return dataclasses.asdict(self)
+
+    @staticmethod
+    def from_dict(values: Mapping[str, Any], *, source: str = "config") -> MacConfig:
+        """Build a config from a mapping of field names; absent fields keep their defaults.
+
+        Raises
+        ------
+        ConfigError
+            If a key is unknown (the nearest known one is named) or a value is wrong; ``source`` opens the message.
+        """
+        known = [f.name for f in dataclasses.fields(MacConfig)]
+        unknown = [f"{key!r}{_nearest(key, known)}" for key in values if key not in known]
+        if unknown:
+            raise ConfigError(f"{source}: unknown key {', '.join(unknown)}; known keys: {', '.join(known)}")
+        try:
+            return MacConfig(**values)
+        except ConfigError as error:
+            raise ConfigError(f"{source}: {error}") from None
+
+    def to_json(self) -> str:
+        """Return the JSON form: ``{"schema": 1, "mac": {...}}``; an infinite threshold is written as a string."""
+        values = self.to_dict()
+        if math.isinf(self.threshold):
+            values["threshold"] = "inf" if self.threshold > 0 else "-inf"
+        return json.dumps({"schema": SCHEMA_VERSION, "mac": values}, indent=2) + "\n"
+
+    @staticmethod
+    def from_json(text: str, *, source: str = "config") -> MacConfig:
+        """Parse the JSON form. Keys: ``schema`` (must be 1), ``mac`` (fields), optionally ``preset`` as their base.
+
+        Raises
+        ------
+        ConfigError
+            If the text is no JSON object, the schema is another, a key is unknown or a value is wrong.
+        """
+        try:
+            data = json.loads(text, parse_constant=_refuse_constant)
+        except ValueError as error:
+            raise ConfigError(f"{source}: not valid JSON ({error}); write it with MacConfig.to_json()") from None
+        if not isinstance(data, dict):
+            raise ConfigError(f"{source}: expected a JSON object, got {type(data).__name__}")
+        if data.get("schema") != SCHEMA_VERSION:
+            raise ConfigError(
+                f"{source}: schema {data.get('schema')!r} is not {SCHEMA_VERSION}; write the file again with this version"
+            )
+        extra = [key for key in data if key not in ("schema", "preset", "mac")]
+        if extra:
+            raise ConfigError(f"{source}: unknown key {', '.join(map(repr, extra))}; known keys: schema, preset, mac")
+        fields = data.get("mac", {})
+        if not isinstance(fields, dict):
+            raise ConfigError(f"{source}: 'mac' must be an object of MacConfig fields, got {type(fields).__name__}")
+        fields = dict(fields)
+        if fields.get("threshold") in ("inf", "-inf"):
+            fields["threshold"] = float(fields["threshold"])
+        base = data.get("preset")
+        if base is None:
+            return MacConfig.from_dict(fields, source=source)
+        if not isinstance(base, str) or base not in PRESETS:
+            raise ConfigError(f"{source}: unknown preset {base!r}; choose one of {', '.join(PRESETS)}")
+        return MacConfig.from_dict({**PRESETS[base].to_dict(), **fields}, source=source)
+
+    @staticmethod
+    def load(path: str | Path) -> MacConfig:
+        """Read a JSON file written by :meth:`to_json`.
+
+        Raises
+        ------
+        ConfigError
+            If the file cannot be read or its content is wrong; the message names the file.
+        """
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path}: cannot be read ({error}); give the path of a mac-kernels JSON config") from None
+        return MacConfig.from_json(text, source=str(path))
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is not JSON; write infinite thresholds as the strings 'inf' and '-inf'")
+
+
+def _nearest(word: str, known: Any) -> str:
+    close = difflib.get_close_matches(str(word), list(known), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _type_problems(c: MacConfig) -> list[str]:
+    checks: list[tuple[str, bool, str]] = [
+        *((name, _is_int(getattr(c, name)), "an integer") for name in ("window", "band", "sinks", "min_context")),
+        *(
+            (name, getattr(c, name) is None or _is_int(getattr(c, name)), "an integer or null")
+            for name in ("max_age", "nominees")
+        ),
+        ("threshold", _is_number(c.threshold), "a number"),
+        ("influence", c.influence is None or _is_number(c.influence), "a number or null"),
+        *(
+            (name, isinstance(getattr(c, name), bool), "true or false")
+            for name in ("correction", "recompute_loaded_groups")
+        ),
+        ("match_scope", c.match_scope in ("head", "group"), "'head' or 'group'"),
+    ]
+    return [f"{name}={getattr(c, name)!r} must be {kind}" for name, good, kind in checks if not good]
+
+
+def _range_problems(c: MacConfig) -> list[str]:
+    if _type_problems(c):
+        return []
+    checks = [
+        ("window", c.window >= 2, ">= 2 rows"),
+        ("band", c.band >= 1, ">= 1 token"),
+        ("sinks", c.sinks >= 0, ">= 0 tokens"),
+        ("threshold", not math.isnan(c.threshold), "a number, not NaN (>= 1 never reuses, -inf always does)"),
+        ("influence", c.influence is None or c.influence > 0, "> 0, or null for no bound"),
+        ("min_context", c.min_context > c.band + c.sinks, f"> band + sinks = {c.band + c.sinks} tokens"),
+        ("max_age", c.max_age is None or c.max_age >= 1, ">= 1 token, or null for no limit"),
+        ("nominees", c.nominees is None or 1 <= c.nominees < c.window, f"in [1, window - 1 = {c.window - 1}], or null"),
+    ]
+    return [f"{name}={getattr(c, name)!r} must be {allowed}" for name, good, allowed in checks if not good]
+
+
+PRESETS: dict[str, MacConfig] = {
+    "careful": MacConfig(),
+    "balanced": MacConfig(influence=0.2),
+    "fast": MacConfig(influence=None),
+    "exact": MacConfig(threshold=1.0),
+    "paper": MacConfig(influence=None, correction=False, max_age=None, recompute_loaded_groups=False),
+}
+"""Named starting points. ``exact`` runs the same ranges and merges with every group missed; ``paper`` is the published
+rule, a control for the reference backend."""

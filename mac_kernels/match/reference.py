@@ -1,0 +1,72 @@
+"""Match, the specification: nearest eligible ring row by exact pre-RoPE distance."""
+
+from __future__ import annotations
+
+import torch
+
+from ..config import MacConfig
+from ..ring import RingRows
+from ..types import MatchResult
+
+
+def find_match(q_pre: torch.Tensor, rows: RingRows, position: torch.Tensor, *, config: MacConfig) -> MatchResult:
+    """Nominate a ring row for every query head.
+
+    Parameters
+    ----------
+    q_pre : torch.Tensor, [B, Hq, D] fp32
+        Queries before RoPE.
+    rows : RingRows
+        The rows of every request's ring in this layer.
+    position : torch.Tensor, [B] int64
+        Current position ``m``.
+    config : MacConfig
+        ``window``, ``match_scope`` and ``nominees`` are used.
+
+    Returns
+    -------
+    MatchResult
+        The nearest row; of equally near rows the newest.
+
+    Notes
+    -----
+    Eligible: ``m - W < pos < m`` (the row at ``m - W`` is about to be overwritten), the ring belongs to the request, and
+    the stored state is not empty. Scope ``"group"`` takes one row for the whole kv group: the one whose worst head is
+    nearest.
+    """
+    batch, num_heads, _ = q_pre.shape
+    num_kv_heads = rows.anchor.shape[-1]
+    group = num_heads // num_kv_heads
+    fresh = (rows.pos >= 0) & (rows.pos < position[:, None]) & (rows.pos > position[:, None] - config.window)
+    eligible = fresh[:, :, None] & torch.isfinite(rows.lse2)  # [B, W, Hq]
+    if config.nominees is not None:
+        nominated = _nominate(q_pre, rows, fresh, config.nominees)
+        eligible = eligible & nominated.repeat_interleave(group, dim=2)
+    distance = (rows.q_pre - q_pre[:, None]).square().sum(-1).sqrt()
+    distance = torch.where(eligible, distance, torch.inf)
+    if config.match_scope == "group":
+        worst = distance.view(batch, -1, num_kv_heads, group).amax(-1)
+        row = _first_newest(worst, rows.pos).repeat_interleave(group, dim=1)
+    else:
+        row = _first_newest(distance, rows.pos)
+    best = distance.gather(1, row[:, None]).squeeze(1)
+    found = torch.isfinite(best)
+    pos = rows.pos.gather(1, row)
+    return MatchResult(torch.where(found, row, -1), torch.where(found, pos, -1), best)
+
+
+def _first_newest(distance: torch.Tensor, pos: torch.Tensor) -> torch.Tensor:
+    """Row of the smallest distance [B, H]; among equals the one with the largest position."""
+    tied = distance == distance.amin(dim=1, keepdim=True)
+    return torch.where(tied, pos[:, :, None], -2).argmax(dim=1)
+
+
+def _nominate(q_pre: torch.Tensor, rows: RingRows, fresh: torch.Tensor, count: int) -> torch.Tensor:
+    """The ``count`` rows of smallest sketch distance per kv group, [B, W, Hkv] bool; newest first among equals."""
+    query = rows.sketch_of(q_pre)  # [B, Hkv, K]
+    distance = (rows.sketch - query[:, None]).square().sum(-1)
+    distance = torch.where(fresh[:, :, None], distance, torch.inf)
+    newest = rows.pos.argsort(dim=1, descending=True, stable=True)[:, :, None].expand_as(distance)
+    order = distance.gather(1, newest).argsort(dim=1, stable=True)[:, :count]
+    chosen = torch.zeros_like(distance, dtype=torch.bool).scatter_(1, newest.gather(1, order), True)
+    return chosen & torch.isfinite(distance)

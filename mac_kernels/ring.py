@@ -1,0 +1,376 @@
+"""The ring: recent pre-RoPE queries and the states computed for them, tagged so that a stale row never matches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from .config import MacConfig
+from .counters import DecodeCounters
+from .errors import ConfigError, InputError, SnapshotError
+from .match.sketch import dequantize, quantize, sketch_projection
+from .types import AttnState, HeadLayout
+
+SNAPSHOT_VERSION = 1
+ROW_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+EMPTY = -1
+
+
+@dataclass(frozen=True, slots=True)
+class RingRows:
+    """The rows of a batch in one layer, as matching reads them (fp32).
+
+    ``q_pre`` [B, W, Hq, D]; ``lse2`` [B, W, Hq]; ``pos`` [B, W] int64, -1 everywhere for a request without a ring;
+    ``anchor`` [B, W, Hkv] int64; ``sketch`` [B, W, Hkv, K] or ``None`` in a pool without sketch.
+    """
+
+    q_pre: torch.Tensor
+    lse2: torch.Tensor
+    pos: torch.Tensor
+    anchor: torch.Tensor
+    sketch: torch.Tensor | None
+    projection: torch.Tensor | None
+
+    def sketch_of(self, q_pre: torch.Tensor) -> torch.Tensor:
+        """Image of queries [B, Hq, D] under the pool's projection, quantised like the stored ones, [B, Hkv, K]."""
+        if self.projection is None:
+            raise InputError("nominees is set but the ring pool has no sketch; build RingPool(sketch_dim=...)")
+        return dequantize(*quantize(project(q_pre, self.projection)))
+
+
+def project(q_pre: torch.Tensor, projection: torch.Tensor) -> torch.Tensor:
+    """Project the concatenated queries of every kv group: [B, Hq, D] -> [B, Hkv, K]."""
+    return q_pre.reshape(q_pre.shape[0], -1, projection.shape[0]) @ projection
+
+
+@dataclass(frozen=True, slots=True)
+class RingSnapshot:
+    """A copy of one ring over all layers, independent of the pool and of KV slots.
+
+    ``fields`` maps a row field to its tensor [num_layers, W, ...]; positions at or beyond ``up_to`` are empty.
+    """
+
+    version: int
+    layout: HeadLayout
+    window: int
+    fields: Mapping[str, torch.Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all fields."""
+        return sum(t.numel() * t.element_size() for t in self.fields.values())
+
+    def to(self, device: torch.device | str) -> RingSnapshot:
+        """Return the snapshot on another device."""
+        moved = {name: tensor.to(device) for name, tensor in self.fields.items()}
+        return RingSnapshot(self.version, self.layout, self.window, moved)
+
+
+class RingPool:
+    """A fixed pool of rings and the device table from request slot to ring.
+
+    A ring belongs to one (slot, generation) at a time. A request without a ring (table entry -1, or another
+    generation) is computed exactly and stores nothing.
+
+    Parameters
+    ----------
+    num_rings, num_layers : int
+        Rings in the pool and attention layers, each ``>= 1``.
+    layout : HeadLayout
+        Heads of this rank.
+    window : int, rows
+        ``W >= 2``; must equal the config's window.
+    num_slots : int, optional
+        Request slots, default ``num_rings``.
+    dtype : torch.dtype, default torch.bfloat16
+        Of the stored query, output and mean key; fp32, bf16 or fp16. Log-sum-exps are fp32.
+    correction : bool, default True
+        Store the mean key that the first-order correction needs.
+    sketch_dim : int, default 0
+        8-bit numbers of the sketch per row and kv head (plus one fp32 scale); 0: no sketch.
+    device : torch.device or str, default "cpu"
+
+    Raises
+    ------
+    ConfigError, InputError
+        If a count is out of range or the dtype is not supported.
+
+    Notes
+    -----
+    ``slot_table``, ``ring_generation``, the row fields and the counters are device tensors that may change between
+    replays of a CUDA graph; their addresses never do.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_rings: int,
+        num_layers: int,
+        layout: HeadLayout,
+        window: int,
+        num_slots: int | None = None,
+        dtype: torch.dtype = torch.bfloat16,
+        correction: bool = True,
+        sketch_dim: int = 0,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        num_slots = num_rings if num_slots is None else num_slots
+        for name, value, least in (
+            ("num_rings", num_rings, 1),
+            ("num_layers", num_layers, 1),
+            ("num_slots", num_slots, 1),
+            ("window", window, 2),
+            ("sketch_dim", sketch_dim, 0),
+        ):
+            if value < least:
+                raise ConfigError(f"{name}={value} must be >= {least}; choose a larger value")
+        if dtype not in ROW_DTYPES:
+            raise InputError(f"ring dtype {dtype} is not one of {', '.join(map(str, ROW_DTYPES))}; use torch.bfloat16")
+        self.num_rings, self.num_layers, self.num_slots = num_rings, num_layers, num_slots
+        self.layout, self.window, self.dtype = layout, window, dtype
+        self.correction, self.sketch_dim = correction, sketch_dim
+        self.device = torch.device(device)
+        self.fields = {
+            name: torch.zeros(num_layers, num_rings, *shape, dtype=kind, device=self.device)
+            for name, (shape, kind) in _row_fields(layout, window, dtype, correction, sketch_dim).items()
+        }
+        self.slot_table = torch.full((num_slots,), EMPTY, dtype=torch.int32, device=self.device)
+        self.ring_generation = torch.zeros(num_rings, dtype=torch.int64, device=self.device)
+        self.projection = sketch_projection(layout, sketch_dim).to(self.device) if sketch_dim else None
+        self.counters = DecodeCounters(num_layers, self.device)
+        self._ring_of: dict[int, int] = {}
+        self._free = list(reversed(range(num_rings)))
+        self.reset()
+
+    @staticmethod
+    def bytes_per_ring(
+        *,
+        num_layers: int,
+        layout: HeadLayout,
+        window: int,
+        dtype: torch.dtype = torch.bfloat16,
+        correction: bool = True,
+        sketch_dim: int = 0,
+    ) -> int:
+        """Bytes that one ring takes over all layers; a budget divided by this is the number of rings."""
+        fields = _row_fields(layout, window, dtype, correction, sketch_dim).values()
+        return num_layers * sum(torch.Size(shape).numel() * kind.itemsize for shape, kind in fields)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all rings (without the slot table and the counters)."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.fields.values())
+
+    @property
+    def free_rings(self) -> int:
+        """Rings that no slot holds."""
+        return len(self._free)
+
+    def acquire(self, slot: int, generation: int = 0) -> int:
+        """Give the slot an empty ring (its own again, emptied, if it has one) and return it; -1 if none is free.
+
+        Raises
+        ------
+        InputError
+            If the slot is out of range.
+        """
+        self._check_slot(slot)
+        if slot not in self._ring_of:
+            if not self._free:
+                return EMPTY
+            self._ring_of[slot] = self._free.pop()
+        ring = self._ring_of[slot]
+        self.fields["pos"][:, ring] = EMPTY
+        self.ring_generation[ring] = generation
+        self.slot_table[slot] = ring
+        return ring
+
+    def release(self, slot: int) -> None:
+        """Take the slot's ring back; does nothing if it holds none.
+
+        Raises
+        ------
+        InputError
+            If the slot is out of range.
+        """
+        self._check_slot(slot)
+        ring = self._ring_of.pop(slot, None)
+        if ring is not None:
+            self.slot_table[slot] = EMPTY
+            self._free.append(ring)
+
+    def reset(self) -> None:
+        """Empty every row and release every slot (after weight updates, LoRA changes, graph warm-up)."""
+        self.fields["pos"].fill_(EMPTY)
+        self.slot_table.fill_(EMPTY)
+        self._ring_of.clear()
+        self._free = list(reversed(range(self.num_rings)))
+
+    def lookup(self, slots: torch.Tensor, generations: torch.Tensor) -> torch.Tensor:
+        """Ring of every request, [B] int64 on the device; -1 without a ring or with another generation."""
+        known = (slots >= 0) & (slots < self.num_slots)
+        ring = self.slot_table[torch.where(known, slots, 0).long()].long()
+        owned = known & (ring >= 0) & (self.ring_generation[ring.clamp(min=0)] == generations)
+        return torch.where(owned, ring, EMPTY)
+
+    def rows(self, layer: int, rings: torch.Tensor) -> RingRows:
+        """Read what matching needs of the given rings [B] (-1: none) in one layer."""
+        index = rings.clamp(min=0)
+        at = {name: tensor[layer, index] for name, tensor in self.fields.items() if name not in ("out", "kbar")}
+        present = (rings >= 0)[:, None]
+        sketch = dequantize(at["sketch"], at["sketch_scale"]) if self.sketch_dim else None
+        return RingRows(
+            q_pre=at["q_pre"].float(),
+            lse2=at["lse2"],
+            pos=torch.where(present, at["pos"].long(), EMPTY),
+            anchor=at["anchor"].long(),
+            sketch=sketch,
+            projection=self.projection,
+        )
+
+    def state(self, layer: int, rings: torch.Tensor, row: torch.Tensor) -> AttnState:
+        """Read the stored state of ``row`` [B, Hq] (-1: the empty state), fp32."""
+        num_heads = self.layout.num_qo_heads
+        index = (layer, rings.clamp(min=0)[:, None], row.clamp(min=0), torch.arange(num_heads, device=row.device))
+        found = (row >= 0) & (rings >= 0)[:, None]
+        lse2 = torch.where(found, self.fields["lse2"][index], -torch.inf)
+        out = torch.where(found[..., None], self.fields["out"][index].float(), 0.0)
+        if not self.correction:
+            return AttnState(out, lse2)
+        return AttnState(out, lse2, torch.where(found[..., None], self.fields["kbar"][index].float(), 0.0))
+
+    def write(
+        self,
+        layer: int,
+        rings: torch.Tensor,
+        position: torch.Tensor,
+        *,
+        q_pre: torch.Tensor,
+        state: AttnState,
+        anchor: torch.Tensor,
+    ) -> None:
+        """Store one row per entry at ``position % W``; entries with ring -1 are skipped.
+
+        ``rings``, ``position`` [N] int64; ``q_pre`` [N, Hq, D]; ``state`` with leading dim N, its ``kbar`` in the
+        pre-RoPE frame of the position; ``anchor`` [N, Hkv] int64.
+        """
+        keep = rings >= 0
+        rings, position = rings[keep], position[keep]
+        index = (layer, rings, position % self.window)
+        values = {
+            "q_pre": q_pre[keep],
+            "out": state.out[keep],
+            "lse2": state.lse2[keep],
+            "pos": position,
+            "anchor": anchor[keep],
+        }
+        if self.correction:
+            if state.kbar is None:
+                raise InputError("the ring stores mean keys but the state has none; compute it with return_kbar=True")
+            values["kbar"] = state.kbar[keep]
+        if self.projection is not None:
+            values["sketch"], values["sketch_scale"] = quantize(project(q_pre[keep].float(), self.projection))
+        for name, value in values.items():
+            field = self.fields[name]
+            field[index] = value.to(field.dtype)
+
+    def snapshot(self, slot: int, *, up_to: int | None = None) -> RingSnapshot:
+        """Copy the slot's ring; rows at positions ``>= up_to`` are left out.
+
+        Raises
+        ------
+        SnapshotError
+            If the slot holds no ring.
+        """
+        self._check_slot(slot)
+        if slot not in self._ring_of:
+            raise SnapshotError(f"slot {slot} holds no ring; acquire one before taking a snapshot")
+        ring = self._ring_of[slot]
+        fields = {name: tensor[:, ring].clone() for name, tensor in self.fields.items()}
+        _cut(fields["pos"], up_to)
+        return RingSnapshot(SNAPSHOT_VERSION, self.layout, self.window, fields)
+
+    def restore(self, slot: int, snapshot: RingSnapshot, *, generation: int = 0, up_to: int | None = None) -> int:
+        """Give the slot a ring filled from a snapshot; rows at positions ``>= up_to`` stay empty. -1 if none is free.
+
+        Raises
+        ------
+        SnapshotError
+            If the snapshot has another format version, layout, window, or other row fields; nothing is changed then.
+        """
+        expected = {name: (tensor.shape[2:], tensor.dtype) for name, tensor in self.fields.items()}
+        got = {name: (tensor.shape[1:], tensor.dtype) for name, tensor in snapshot.fields.items()}
+        problems = [
+            f"{what} {have!r}, this pool needs {need!r}"
+            for what, have, need in (
+                ("format version", snapshot.version, SNAPSHOT_VERSION),
+                ("layout", snapshot.layout, self.layout),
+                ("window", snapshot.window, self.window),
+                ("layers", snapshot.fields["pos"].shape[0], self.num_layers),
+                ("row fields", got, expected),
+            )
+            if have != need
+        ]
+        if problems:
+            raise SnapshotError("the snapshot has " + "; ".join(problems) + "; start with an empty ring instead")
+        ring = self.acquire(slot, generation)
+        if ring != EMPTY:
+            for name, tensor in self.fields.items():
+                tensor[:, ring] = snapshot.fields[name].to(tensor.device)
+            _cut(self.fields["pos"][:, ring], up_to)
+        return ring
+
+    def check_fits(self, layer: int, layout: HeadLayout, config: MacConfig) -> None:
+        """Check that the pool fits a layer, a head layout and a config.
+
+        Raises
+        ------
+        InputError
+            If the layout, the window, the layer or the stored fields do not fit.
+        """
+        if self.layout != layout:
+            raise InputError(f"rings were built for {self.layout}, the plan has {layout}; build a RingPool for this layout")
+        if self.window != config.window:
+            raise InputError(
+                f"rings have window {self.window}, the config has window={config.window}; build the RingPool with it"
+            )
+        if not 0 <= layer < self.num_layers:
+            raise InputError(f"layer={layer} is out of range [0, {self.num_layers - 1}] of the rings; check num_layers")
+        if config.correction and not self.correction:
+            raise InputError(
+                "the config corrects reused states but the rings store no mean key; build RingPool(correction=True)"
+            )
+        if config.nominees is not None and not self.sketch_dim:
+            raise InputError(
+                f"the config nominates {config.nominees} rows but the rings have no sketch; build RingPool(sketch_dim=...)"
+            )
+
+    def _check_slot(self, slot: int) -> None:
+        if not 0 <= slot < self.num_slots:
+            raise InputError(f"slot {slot} is out of range [0, {self.num_slots - 1}]; build the pool with more num_slots")
+
+
+def _cut(pos: torch.Tensor, up_to: int | None) -> None:
+    if up_to is not None:
+        pos[pos >= up_to] = EMPTY
+
+
+def _row_fields(
+    layout: HeadLayout, window: int, dtype: torch.dtype, correction: bool, sketch_dim: int
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    heads, kv_heads, dim = layout.num_qo_heads, layout.num_kv_heads, layout.head_dim
+    fields: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+        "q_pre": ((window, heads, dim), dtype),
+        "out": ((window, heads, dim), dtype),
+        "lse2": ((window, heads), torch.float32),
+        "pos": ((window,), torch.int32),
+        "anchor": ((window, kv_heads), torch.int32),
+    }
+    if correction:
+        fields["kbar"] = ((window, heads, dim), dtype)
+    if sketch_dim:
+        fields["sketch"] = ((window, kv_heads, sketch_dim), torch.int8)
+        fields["sketch_scale"] = ((window, kv_heads), torch.float32)
+    return fields

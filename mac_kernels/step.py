@@ -1,0 +1,127 @@
+"""One decode step of one layer, composed of the reference stages. This is the specification of every backend."""
+
+from __future__ import annotations
+
+import torch
+
+from .attend.reference import partial_attention
+from .complete.reference import correct, merge_state
+from .config import MacConfig
+from .match.accept import accept
+from .match.reference import find_match
+from .paged import PagedKV
+from .ring import RingPool
+from .rope import Rope
+from .types import AttnState, HeadLayout, MatchResult, Reason, StepTrace, covered_end
+
+
+def reference_step(
+    q: torch.Tensor,
+    kv: PagedKV,
+    rings: RingPool,
+    *,
+    layer: int,
+    slots: torch.Tensor,
+    generations: torch.Tensor,
+    config: MacConfig,
+    rope: Rope,
+    sm_scale: float,
+    logits_soft_cap: float = 0.0,
+) -> tuple[torch.Tensor, StepTrace]:
+    """Match, attend, complete for ``q`` [B, Hq, D]; returns the output [B, Hq, D] fp32 and the trace.
+
+    The band and the sinks are attended whatever is decided, so they come first: their mass bounds the weight that a
+    reused state can get.
+    """
+    kv_len = kv.table.kv_len()
+    position = kv_len - 1
+    stop = covered_end(position, band=config.band, sinks=config.sinks)
+    scale = {"sm_scale": sm_scale, "logits_soft_cap": logits_soft_cap}
+    heads = torch.ones_like(q[..., 0], dtype=torch.int64)
+    sink = partial_attention(q, kv, 0 * heads, torch.full_like(stop, config.sinks), **scale)
+    band = partial_attention(q, kv, stop[:, None] * heads, kv_len, **scale)
+    always = merge_state(sink, band)
+
+    q_pre = rope.unrotate(q, position)
+    ring = rings.lookup(slots, generations)
+    rows = rings.rows(layer, ring)
+    match = find_match(q_pre, rows, position, config=config)
+    candidate = rings.state(layer, ring, match.row)
+    if config.correction:
+        matched_q = _at_row(rows.q_pre, match.row)
+        candidate = correct(candidate, q_pre, matched_q, sm_scale=sm_scale)
+    weight_bound = torch.exp2(candidate.lse2 - merge_state(candidate, always).lse2)
+    weight_bound = torch.where(match.row >= 0, weight_bound, 0.0)
+    anchor = rows.anchor.repeat_interleave(q.shape[1] // rows.anchor.shape[-1], dim=-1)
+    anchor = torch.where(match.row >= 0, _at_row(anchor[..., None], match.row)[..., 0], -1)
+
+    reason, head_hit = _decide(match, weight_bound, anchor, ring, position, config, rings.layout)
+    group = rings.layout.group_size
+    reuse = head_hit if not config.recompute_loaded_groups else (reason == Reason.HIT).repeat_interleave(group, 1)
+
+    matched_end = covered_end(match.pos, band=config.band, sinks=config.sinks)
+    start = torch.where(reuse, matched_end, config.sinks)
+    rest = partial_attention(q, kv, start, stop, return_kbar=rings.correction, **scale)
+    if rest.kbar is not None:
+        rest = rest._replace(kbar=rope.pull_back(rest.kbar, position))
+    row = merge_state(_masked(candidate, reuse), rest)
+    row_anchor = torch.where(reuse, anchor, position[:, None])
+    row_anchor = row_anchor.view(len(position), -1, group).amin(-1)
+    rings.write(layer, torch.where(kv_len > 0, ring, -1), position, q_pre=q_pre, state=row, anchor=row_anchor)
+
+    rest_read = (stop[:, None] - start.view(len(position), -1, group).amin(-1)).clamp(min=0)
+    trace = StepTrace(
+        reason=reason,
+        head_hit=head_hit,
+        matched_pos=match.pos,
+        distance=match.distance,
+        weight_bound=weight_bound,
+        start=start,
+        stop=stop,
+        kv_read=torch.minimum(rest_read + (kv_len - stop).clamp(min=0)[:, None] + config.sinks, kv_len[:, None]),
+        kv_len=kv_len,
+    )
+    rings.counters.add(layer, trace)
+    return merge_state(row, always).out, trace
+
+
+def _decide(
+    match: MatchResult,
+    weight_bound: torch.Tensor,
+    anchor: torch.Tensor,
+    ring: torch.Tensor,
+    position: torch.Tensor,
+    config: MacConfig,
+    layout: HeadLayout,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Reason per kv group [B, Hkv] and hit per head [B, Hq]; a group hits only if all its heads do."""
+    near, young, light = accept(
+        match.distance, weight_bound, position[:, None] - anchor, config=config, head_dim=layout.head_dim
+    )
+    causes = {
+        Reason.NO_RING: (ring < 0)[:, None].expand_as(near),
+        Reason.SHORT_CONTEXT: (position < config.min_context)[:, None].expand_as(near),
+        Reason.NO_ROW: match.row < 0,
+        Reason.DISTANCE: ~near,
+        Reason.AGE: ~young,
+        Reason.INFLUENCE: ~light,
+    }
+    head_hit = ~torch.stack(list(causes.values())).any(0)
+    reason = torch.full((len(position), layout.num_kv_heads), int(Reason.HIT), device=position.device)
+    for cause, holds in reversed(causes.items()):
+        reason = torch.where(holds.view(*reason.shape, -1).any(-1), int(cause), reason)
+    return reason, head_hit
+
+
+def _at_row(values: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
+    """Pick ``values`` [B, W, Hq, X] at ``row`` [B, Hq] (row -1 reads row 0; the caller masks it)."""
+    index = row.clamp(min=0)[:, None, :, None].expand(-1, 1, -1, values.shape[-1])
+    return values.gather(1, index).squeeze(1)
+
+
+def _masked(state: AttnState, keep: torch.Tensor) -> AttnState:
+    """The state where ``keep`` [B, Hq], else the empty state."""
+    kbar = None if state.kbar is None else torch.where(keep[..., None], state.kbar, 0.0)
+    return AttnState(
+        torch.where(keep[..., None], state.out, 0.0), torch.where(keep, state.lse2, -torch.inf), kbar
+    )
