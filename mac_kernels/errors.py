@@ -41,3 +41,7 @@ class UnsupportedError(MacError, NotImplementedError):
     def __init__(self, subject: str, reasons: Sequence[str], hint: str) -> None:
         self.reasons = tuple(reasons)
         super().__init__(f"{subject} cannot be used: {'; '.join(self.reasons)}. {hint}")
+
+
+class MissingError(MacError, RuntimeError):
+    """Something that a task needs is not on this machine (an extra, model weights); the message says how to get it."""

@@ -96,15 +96,26 @@ def _states(
     key = torch.arange(k.shape[1], device=k.device)
     mask = (key >= config.sinks) & (key < stop[:, None])  # [N, L]
     count, heads = queries.shape[:2]
-    return masked_attention(
-        queries,
-        k.expand(count, -1, -1, -1),
-        v.expand(count, -1, -1, -1),
-        mask[:, None].expand(-1, heads, -1),
+    kv_heads = k.shape[2]
+
+    def by_group(x: torch.Tensor) -> torch.Tensor:
+        return x.view(count, kv_heads, -1, *x.shape[2:]).transpose(0, 1).reshape(1, count * heads, *x.shape[2:])
+
+    # the block's queries become heads of one request, so that they share its keys instead of copying them
+    state = masked_attention(
+        by_group(queries),
+        k,
+        v,
+        by_group(mask[:, None].expand(-1, heads, -1)),
         sm_scale=sm_scale,
         logits_soft_cap=logits_soft_cap,
         return_kbar=rings.correction,
     )
+
+    def by_query(x: torch.Tensor) -> torch.Tensor:
+        return x.view(kv_heads, count, heads // kv_heads, *x.shape[2:]).transpose(0, 1).reshape(count, heads, *x.shape[2:])
+
+    return AttnState(*(None if x is None else by_query(x) for x in state))
 
 
 def _check_queries(q: torch.Tensor, qo_indptr: torch.Tensor, kv: PagedKV) -> None:

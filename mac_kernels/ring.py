@@ -10,7 +10,7 @@ import torch
 from .config import MacConfig
 from .counters import DecodeCounters
 from .errors import ConfigError, InputError, SnapshotError
-from .match.sketch import dequantize, quantize, sketch_projection
+from .match.sketch import Sketch, default_sketch_dim, dequantize, make_sketch
 from .types import AttnState, HeadLayout
 
 SNAPSHOT_VERSION = 1
@@ -31,18 +31,6 @@ class RingRows:
     pos: torch.Tensor
     anchor: torch.Tensor
     sketch: torch.Tensor | None
-    projection: torch.Tensor | None
-
-    def sketch_of(self, q_pre: torch.Tensor) -> torch.Tensor:
-        """Image of queries [B, Hq, D] under the pool's projection, quantised like the stored ones, [B, Hkv, K]."""
-        if self.projection is None:
-            raise InputError("nominees is set but the ring pool has no sketch; build RingPool(sketch_dim=...)")
-        return dequantize(*quantize(project(q_pre, self.projection)))
-
-
-def project(q_pre: torch.Tensor, projection: torch.Tensor) -> torch.Tensor:
-    """Project the concatenated queries of every kv group: [B, Hq, D] -> [B, Hkv, K]."""
-    return q_pre.reshape(q_pre.shape[0], -1, projection.shape[0]) @ projection
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,8 +76,9 @@ class RingPool:
         Of the stored query, output and mean key; fp32, bf16 or fp16. Log-sum-exps are fp32.
     correction : bool, default True
         Store the mean key that the first-order correction needs.
-    sketch_dim : int, default 0
-        8-bit numbers of the sketch per row and kv head (plus one fp32 scale); 0: no sketch.
+    sketch_dim : int, optional
+        8-bit numbers of the sketch per row and kv head (plus one fp32 scale), a multiple or a divisor of the head dim.
+        Default: the largest of at most 128. 0: no sketch (the config's ``nominees`` must then be ``None``).
     device : torch.device or str, default "cpu"
 
     Raises
@@ -113,10 +102,11 @@ class RingPool:
         num_slots: int | None = None,
         dtype: torch.dtype = torch.bfloat16,
         correction: bool = True,
-        sketch_dim: int = 0,
+        sketch_dim: int | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
         num_slots = num_rings if num_slots is None else num_slots
+        sketch_dim = default_sketch_dim(layout) if sketch_dim is None else sketch_dim
         for name, value, least in (
             ("num_rings", num_rings, 1),
             ("num_layers", num_layers, 1),
@@ -138,7 +128,7 @@ class RingPool:
         }
         self.slot_table = torch.full((num_slots,), EMPTY, dtype=torch.int32, device=self.device)
         self.ring_generation = torch.zeros(num_rings, dtype=torch.int64, device=self.device)
-        self.projection = sketch_projection(layout, sketch_dim).to(self.device) if sketch_dim else None
+        self.sketch: Sketch | None = make_sketch(layout, sketch_dim, device=self.device) if sketch_dim else None
         self.counters = DecodeCounters(num_layers, self.device)
         self._ring_of: dict[int, int] = {}
         self._free = list(reversed(range(num_rings)))
@@ -152,9 +142,10 @@ class RingPool:
         window: int,
         dtype: torch.dtype = torch.bfloat16,
         correction: bool = True,
-        sketch_dim: int = 0,
+        sketch_dim: int | None = None,
     ) -> int:
         """Bytes that one ring takes over all layers; a budget divided by this is the number of rings."""
+        sketch_dim = default_sketch_dim(layout) if sketch_dim is None else sketch_dim
         fields = _row_fields(layout, window, dtype, correction, sketch_dim).values()
         return num_layers * sum(torch.Size(shape).numel() * kind.itemsize for shape, kind in fields)
 
@@ -227,7 +218,6 @@ class RingPool:
             pos=torch.where(present, at["pos"].long(), EMPTY),
             anchor=at["anchor"].long(),
             sketch=sketch,
-            projection=self.projection,
         )
 
     def state(self, layer: int, rings: torch.Tensor, row: torch.Tensor) -> AttnState:
@@ -270,8 +260,8 @@ class RingPool:
             if state.kbar is None:
                 raise InputError("the ring stores mean keys but the state has none; compute it with return_kbar=True")
             values["kbar"] = state.kbar[keep]
-        if self.projection is not None:
-            values["sketch"], values["sketch_scale"] = quantize(project(q_pre[keep].float(), self.projection))
+        if self.sketch is not None:
+            values["sketch"], values["sketch_scale"] = self.sketch.of(q_pre[keep])
         for name, value in values.items():
             field = self.fields[name]
             field[index] = value.to(field.dtype)
@@ -344,7 +334,8 @@ class RingPool:
             )
         if config.nominees is not None and not self.sketch_dim:
             raise InputError(
-                f"the config nominates {config.nominees} rows but the rings have no sketch; build RingPool(sketch_dim=...)"
+                f"the config nominates {config.nominees} rows but the rings have no sketch; "
+                "build the RingPool with the default sketch_dim, or set nominees=None"
             )
 
     def _check_slot(self, slot: int) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 
 from .attend.reference import partial_attention
@@ -10,9 +12,17 @@ from .config import MacConfig
 from .match.accept import accept
 from .match.reference import find_match
 from .paged import PagedKV
-from .ring import RingPool
+from .ring import RingPool, RingRows
 from .rope import Rope
 from .types import AttnState, HeadLayout, MatchResult, Reason, StepTrace, covered_end
+
+
+class FindMatch(Protocol):
+    """The call of :func:`mac_kernels.find_match`."""
+
+    def __call__(
+        self, q_pre: torch.Tensor, rows: RingRows, position: torch.Tensor, *, config: MacConfig
+    ) -> MatchResult: ...
 
 
 def reference_step(
@@ -27,8 +37,11 @@ def reference_step(
     rope: Rope,
     sm_scale: float,
     logits_soft_cap: float = 0.0,
+    find: FindMatch = find_match,
 ) -> tuple[torch.Tensor, StepTrace]:
     """Match, attend, complete for ``q`` [B, Hq, D]; returns the output [B, Hq, D] fp32 and the trace.
+
+    ``find`` nominates the row of every head; another one than :func:`find_match` is for measuring alternatives.
 
     The band and the sinks are attended whatever is decided, so they come first: their mass bounds the weight that a
     reused state can get.
@@ -45,7 +58,7 @@ def reference_step(
     q_pre = rope.unrotate(q, position)
     ring = rings.lookup(slots, generations)
     rows = rings.rows(layer, ring)
-    match = find_match(q_pre, rows, position, config=config)
+    match = find(q_pre, rows, position, config=config)
     candidate = rings.state(layer, ring, match.row)
     if config.correction:
         matched_q = _at_row(rows.q_pre, match.row)

@@ -5,11 +5,20 @@ from __future__ import annotations
 import torch
 
 from ..config import MacConfig
+from ..errors import InputError
 from ..ring import RingRows
+from .sketch import Sketch, dequantize
 from ..types import MatchResult
 
 
-def find_match(q_pre: torch.Tensor, rows: RingRows, position: torch.Tensor, *, config: MacConfig) -> MatchResult:
+def find_match(
+    q_pre: torch.Tensor,
+    rows: RingRows,
+    position: torch.Tensor,
+    *,
+    config: MacConfig,
+    sketch: Sketch | None = None,
+) -> MatchResult:
     """Nominate a ring row for every query head.
 
     Parameters
@@ -22,6 +31,8 @@ def find_match(q_pre: torch.Tensor, rows: RingRows, position: torch.Tensor, *, c
         Current position ``m``.
     config : MacConfig
         ``window``, ``match_scope`` and ``nominees`` are used.
+    sketch : Sketch, optional
+        The pool's projection; needed where ``nominees`` is set.
 
     Returns
     -------
@@ -40,7 +51,11 @@ def find_match(q_pre: torch.Tensor, rows: RingRows, position: torch.Tensor, *, c
     fresh = (rows.pos >= 0) & (rows.pos < position[:, None]) & (rows.pos > position[:, None] - config.window)
     eligible = fresh[:, :, None] & torch.isfinite(rows.lse2)  # [B, W, Hq]
     if config.nominees is not None:
-        nominated = _nominate(q_pre, rows, fresh, config.nominees)
+        allowed = eligible.view(batch, -1, num_kv_heads, group).all(-1)
+        if sketch is None or rows.sketch is None:
+            raise InputError("nominees is set but there is no sketch; pass rings.sketch, or set nominees=None")
+        distance = (rows.sketch - dequantize(*sketch.of(q_pre))[:, None]).square().sum(-1)
+        nominated = _nominate(torch.where(allowed, distance, torch.inf), rows.pos, config.nominees)
         eligible = eligible & nominated.repeat_interleave(group, dim=2)
     distance = (rows.q_pre - q_pre[:, None]).square().sum(-1).sqrt()
     distance = torch.where(eligible, distance, torch.inf)
@@ -61,12 +76,9 @@ def _first_newest(distance: torch.Tensor, pos: torch.Tensor) -> torch.Tensor:
     return torch.where(tied, pos[:, :, None], -2).argmax(dim=1)
 
 
-def _nominate(q_pre: torch.Tensor, rows: RingRows, fresh: torch.Tensor, count: int) -> torch.Tensor:
+def _nominate(distance: torch.Tensor, pos: torch.Tensor, count: int) -> torch.Tensor:
     """The ``count`` rows of smallest sketch distance per kv group, [B, W, Hkv] bool; newest first among equals."""
-    query = rows.sketch_of(q_pre)  # [B, Hkv, K]
-    distance = (rows.sketch - query[:, None]).square().sum(-1)
-    distance = torch.where(fresh[:, :, None], distance, torch.inf)
-    newest = rows.pos.argsort(dim=1, descending=True, stable=True)[:, :, None].expand_as(distance)
+    newest = pos.argsort(dim=1, descending=True, stable=True)[:, :, None].expand_as(distance)
     order = distance.gather(1, newest).argsort(dim=1, stable=True)[:, :count]
     chosen = torch.zeros_like(distance, dtype=torch.bool).scatter_(1, newest.gather(1, order), True)
     return chosen & torch.isfinite(distance)
