@@ -21,11 +21,13 @@ _HOME = {
     "MacConfig": "config",
     "MacError": "errors",
     "MatchResult": "types",
+    "MissingError": "errors",
     "PRESETS": "config",
     "PagedKV": "paged",
     "PageTable": "paged",
     "PlanError": "errors",
     "Reason": "types",
+    "ResolvedConfig": "settings",
     "RingPool": "ring",
     "RingSnapshot": "ring",
     "Rope": "rope",
@@ -39,6 +41,7 @@ _HOME = {
     "lse2_from_lse_e": "complete.reference",
     "merge_state": "complete.reference",
     "partial_attention": "attend.reference",
+    "resolve_config": "settings",
 }
 __all__ = [*_HOME, "__version__"]  # noqa: PLE0604 - names are strings, generated from one table
 
@@ -47,13 +50,14 @@ if TYPE_CHECKING:
     from .attend.reference import partial_attention
     from .config import PRESETS, MacConfig
     from .decode import BatchMacDecodeWithPagedKVCacheWrapper, Explanation
-    from .errors import ConfigError, InputError, MacError, PlanError, SnapshotError, UnsupportedError
+    from .errors import ConfigError, InputError, MacError, MissingError, PlanError, SnapshotError, UnsupportedError
     from .match.accept import accept
     from .match.reference import find_match
     from .paged import PagedKV, PageTable
     from .prefill import fill_rings
     from .ring import RingPool, RingSnapshot
     from .rope import Rope
+    from .settings import ResolvedConfig, resolve_config
     from .types import AttnState, HeadLayout, MatchResult, Reason, StepTrace
 
 

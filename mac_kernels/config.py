@@ -140,31 +140,9 @@ class MacConfig:
         ConfigError
             If the text is no JSON object, the schema is another, a key is unknown or a value is wrong.
         """
-        try:
-            data = json.loads(text, parse_constant=_refuse_constant)
-        except ValueError as error:
-            raise ConfigError(f"{source}: not valid JSON ({error}); write it with MacConfig.to_json()") from None
-        if not isinstance(data, dict):
-            raise ConfigError(f"{source}: expected a JSON object, got {type(data).__name__}")
-        if data.get("schema") != SCHEMA_VERSION:
-            raise ConfigError(
-                f"{source}: schema {data.get('schema')!r} is not {SCHEMA_VERSION}; write the file again with this version"
-            )
-        extra = [key for key in data if key not in ("schema", "preset", "mac")]
-        if extra:
-            raise ConfigError(f"{source}: unknown key {', '.join(map(repr, extra))}; known keys: schema, preset, mac")
-        fields = data.get("mac", {})
-        if not isinstance(fields, dict):
-            raise ConfigError(f"{source}: 'mac' must be an object of MacConfig fields, got {type(fields).__name__}")
-        fields = dict(fields)
-        if fields.get("threshold") in ("inf", "-inf"):
-            fields["threshold"] = float(fields["threshold"])
-        base = data.get("preset")
-        if base is None:
-            return MacConfig.from_dict(fields, source=source)
-        if not isinstance(base, str) or base not in PRESETS:
-            raise ConfigError(f"{source}: unknown preset {base!r}; choose one of {', '.join(PRESETS)}")
-        return MacConfig.from_dict({**PRESETS[base].to_dict(), **fields}, source=source)
+        preset, fields = parse_config(text, source=source)
+        base = {} if preset is None else PRESETS[preset].to_dict()
+        return MacConfig.from_dict({**base, **fields}, source=source)
 
     @staticmethod
     def load(path: str | Path) -> MacConfig:
@@ -175,11 +153,54 @@ class MacConfig:
         ConfigError
             If the file cannot be read or its content is wrong; the message names the file.
         """
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path}: cannot be read ({error}); give the path of a mac-kernels JSON config") from None
-        return MacConfig.from_json(text, source=str(path))
+        return MacConfig.from_json(read_config(path), source=str(path))
+
+
+def read_config(path: str | Path) -> str:
+    """Return the text of a config file.
+
+    Raises
+    ------
+    ConfigError
+        If the file cannot be read; the message names it.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error}); give the path of a mac-kernels JSON config") from None
+
+
+def parse_config(text: str, *, source: str = "config") -> tuple[str | None, dict[str, Any]]:
+    """Split the JSON form into its preset, if it names one, and its fields; their values are not checked yet.
+
+    Raises
+    ------
+    ConfigError
+        If the text is no JSON object, the schema is another, or the preset or a key is unknown.
+    """
+    try:
+        data = json.loads(text, parse_constant=_refuse_constant)
+    except ValueError as error:
+        raise ConfigError(f"{source}: not valid JSON ({error}); write it with MacConfig.to_json()") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"{source}: expected a JSON object, got {type(data).__name__}")
+    if data.get("schema") != SCHEMA_VERSION:
+        raise ConfigError(
+            f"{source}: schema {data.get('schema')!r} is not {SCHEMA_VERSION}; write the file again with this version"
+        )
+    extra = [key for key in data if key not in ("schema", "preset", "mac")]
+    if extra:
+        raise ConfigError(f"{source}: unknown key {', '.join(map(repr, extra))}; known keys: schema, preset, mac")
+    fields = data.get("mac", {})
+    if not isinstance(fields, dict):
+        raise ConfigError(f"{source}: 'mac' must be an object of MacConfig fields, got {type(fields).__name__}")
+    preset = data.get("preset")
+    if preset is not None and preset not in PRESETS:
+        raise ConfigError(f"{source}: unknown preset {preset!r}; choose one of {', '.join(PRESETS)}")
+    fields = dict(fields)
+    if fields.get("threshold") in ("inf", "-inf"):
+        fields["threshold"] = float(fields["threshold"])
+    return preset, fields
 
 
 def _refuse_constant(name: str) -> float:

@@ -23,7 +23,8 @@ class RingRows:
     """The rows of a batch in one layer, as matching reads them (fp32).
 
     ``q_pre`` [B, W, Hq, D]; ``lse2`` [B, W, Hq]; ``pos`` [B, W] int64, -1 everywhere for a request without a ring;
-    ``anchor`` [B, W, Hkv] int64; ``sketch`` [B, W, Hkv, K] or ``None`` in a pool without sketch.
+    ``anchor`` [B, W, Hkv] int64; ``sketch`` [B, W, Hkv, K] and the ``projection`` that made it, or ``None`` in a pool
+    without sketch.
     """
 
     q_pre: torch.Tensor
@@ -31,6 +32,7 @@ class RingRows:
     pos: torch.Tensor
     anchor: torch.Tensor
     sketch: torch.Tensor | None
+    projection: Sketch | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,6 +220,7 @@ class RingPool:
             pos=torch.where(present, at["pos"].long(), EMPTY),
             anchor=at["anchor"].long(),
             sketch=sketch,
+            projection=self.sketch,
         )
 
     def state(self, layer: int, rings: torch.Tensor, row: torch.Tensor) -> AttnState:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from .config import PRESETS, MacConfig, parse_config
+from .config import MacConfig, parse_config, read_config
 from .errors import ConfigError
 
 SourceKind = Literal["argument", "environment", "file", "preset"]
@@ -58,9 +58,10 @@ class ResolvedConfig:
 
 @dataclass(frozen=True, slots=True)
 class _Layer:
-    source: Source
-    preset: str | None
-    fields: Mapping[str, Any]
+    kind: SourceKind
+    where: str
+    preset: str | None = None
+    fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def resolve_config(
@@ -102,14 +103,14 @@ def resolve_config(
         warnings.warn(message, stacklevel=2)
     if preset is not None and file is not None:
         raise ConfigError(f"preset {preset!r} and file {file} are both given; give one (a file may name its preset)")
-    layers = [_Layer(Source("preset", DEFAULT_PRESET), DEFAULT_PRESET, {})]
-    files: list[Path] = []
-    for kind, path in _files(file, environ, user_dir):
-        layers.append(_read(kind, path))
-        files.insert(0, path)
-    layers.append(_Layer(Source("argument", "preset"), preset, {}))
-    layers.append(_Layer(Source("argument", "changes"), None, changes or {}))
-    return _merge(layers, tuple(files))
+    files = _files(file, environ, user_dir)
+    layers = [
+        _Layer("preset", "", DEFAULT_PRESET),
+        *(_Layer(kind, str(path), *parse_config(read_config(path), source=str(path))) for kind, path in files),
+        _Layer("argument", "", preset),
+        _Layer("argument", "given explicitly", None, changes or {}),
+    ]
+    return _merge(layers, tuple(path for _, path in reversed(files)))
 
 
 def user_config_dir() -> Path:
@@ -132,7 +133,8 @@ def unknown_variables(environ: Mapping[str, str]) -> tuple[str, ...]:
 
 def _files(
     file: str | Path | None, environ: Mapping[str, str], user_dir: Path
-) -> list[tuple[SourceKind, Path]]:  # weakest first
+) -> list[tuple[SourceKind, Path]]:
+    # weakest first
     found: list[tuple[SourceKind, Path]] = []
     if (user_dir / CONFIG_FILE_NAME).is_file():
         found.append(("file", user_dir / CONFIG_FILE_NAME))
@@ -148,29 +150,15 @@ def _files(
     return found
 
 
-def _read(kind: SourceKind, path: Path) -> _Layer:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read ({error}); give the path of a mac-kernels JSON config") from None
-    preset, fields = parse_config(text, source=str(path))
-    return _Layer(Source(kind, str(path)), preset, fields)
-
-
 def _merge(layers: list[_Layer], files: tuple[Path, ...]) -> ResolvedConfig:
-    values: dict[str, Any] = {}
-    sources: dict[str, Source] = {}
     config = MacConfig()
+    sources: dict[str, Source] = {}
     for layer in layers:
         if layer.preset is not None:
-            preset = MacConfig.preset(layer.preset)
-            values.update(preset.to_dict())
-            named_by = "" if layer.source.kind == "preset" else f", named by {layer.source.where}"
-            kind = layer.source.kind
-            sources = {f.name: Source(kind, f"preset {layer.preset}{named_by}") for f in dataclasses.fields(preset)}
-        values.update(layer.fields)
-        sources.update(dict.fromkeys(layer.fields, layer.source))
-        # checked layer by layer, so that the error names the one that is wrong
-        config = MacConfig.from_dict(values, source=layer.source.where)
-    assert layers[0].preset in PRESETS  # so every field has a source
+            config = MacConfig.preset(layer.preset)
+            origin = Source(layer.kind, f"preset {layer.preset}" + (f" in {layer.where}" if layer.where else ""))
+            sources = {field.name: origin for field in dataclasses.fields(config)}
+        # built layer by layer, so that an error names the one that is wrong
+        config = MacConfig.from_dict({**config.to_dict(), **layer.fields}, source=layer.where)
+        sources.update(dict.fromkeys(layer.fields, Source(layer.kind, layer.where)))
     return ResolvedConfig(config, sources, files)

@@ -7,18 +7,11 @@ import torch
 from ..config import MacConfig
 from ..errors import InputError
 from ..ring import RingRows
-from .sketch import Sketch, dequantize
+from .sketch import dequantize
 from ..types import MatchResult
 
 
-def find_match(
-    q_pre: torch.Tensor,
-    rows: RingRows,
-    position: torch.Tensor,
-    *,
-    config: MacConfig,
-    sketch: Sketch | None = None,
-) -> MatchResult:
+def find_match(q_pre: torch.Tensor, rows: RingRows, position: torch.Tensor, *, config: MacConfig) -> MatchResult:
     """Nominate a ring row for every query head.
 
     Parameters
@@ -31,8 +24,6 @@ def find_match(
         Current position ``m``.
     config : MacConfig
         ``window``, ``match_scope`` and ``nominees`` are used.
-    sketch : Sketch, optional
-        The pool's projection; needed where ``nominees`` is set.
 
     Returns
     -------
@@ -52,9 +43,9 @@ def find_match(
     eligible = fresh[:, :, None] & torch.isfinite(rows.lse2)  # [B, W, Hq]
     if config.nominees is not None:
         allowed = eligible.view(batch, -1, num_kv_heads, group).all(-1)
-        if sketch is None or rows.sketch is None:
-            raise InputError("nominees is set but there is no sketch; pass rings.sketch, or set nominees=None")
-        distance = (rows.sketch - dequantize(*sketch.of(q_pre))[:, None]).square().sum(-1)
+        if rows.sketch is None or rows.projection is None:
+            raise InputError("nominees is set but the ring has no sketch; build it with the default sketch_dim")
+        distance = (rows.sketch - dequantize(*rows.projection.of(q_pre))[:, None]).square().sum(-1)
         nominated = _nominate(torch.where(allowed, distance, torch.inf), rows.pos, config.nominees)
         eligible = eligible & nominated.repeat_interleave(group, dim=2)
     distance = (rows.q_pre - q_pre[:, None]).square().sum(-1).sqrt()
