@@ -1,7 +1,7 @@
 """mac-kernels: composable attention kernels for long-context decoding.
 
-MAC-Attention (Match, Amend, Complete; arXiv 2604.00235) reuses the attention of a similar recent query, so that on a hit
-the cost of a decode step no longer depends on the context, while no token is ever dropped.
+MAC-Attention (Match, Amend, Complete; arXiv 2604.00235) reuses the attention of a similar recent query, so that on a
+hit the cost of a decode step no longer depends on the context, while no token is ever dropped.
 """
 
 from __future__ import annotations
@@ -43,11 +43,43 @@ _HOME = {
     "partial_attention": "attend.reference",
     "resolve_config": "settings",
 }
-__all__ = [*_HOME, "__version__"]  # noqa: PLE0604 - names are strings, generated from one table
+__all__ = [
+    "AttnState",
+    "BatchMacDecodeWithPagedKVCacheWrapper",
+    "ConfigError",
+    "Explanation",
+    "HeadLayout",
+    "InputError",
+    "MacConfig",
+    "MacError",
+    "MatchResult",
+    "MissingError",
+    "PRESETS",
+    "PagedKV",
+    "PageTable",
+    "PlanError",
+    "Reason",
+    "ResolvedConfig",
+    "RingPool",
+    "RingSnapshot",
+    "Rope",
+    "SnapshotError",
+    "StepTrace",
+    "UnsupportedError",
+    "accept",
+    "correct",
+    "fill_rings",
+    "find_match",
+    "lse2_from_lse_e",
+    "merge_state",
+    "partial_attention",
+    "resolve_config",
+    "__version__",
+]
 
 if TYPE_CHECKING:
-    from .complete.reference import correct, lse2_from_lse_e, merge_state
     from .attend.reference import partial_attention
+    from .complete.reference import correct, lse2_from_lse_e, merge_state
     from .config import PRESETS, MacConfig
     from .decode import BatchMacDecodeWithPagedKVCacheWrapper, Explanation
     from .errors import ConfigError, InputError, MacError, MissingError, PlanError, SnapshotError, UnsupportedError

@@ -195,7 +195,7 @@ def parse_config(text: str, *, source: str = "config") -> tuple[str | None, dict
     if not isinstance(fields, dict):
         raise ConfigError(f"{source}: 'mac' must be an object of MacConfig fields, got {type(fields).__name__}")
     preset = data.get("preset")
-    if preset is not None and preset not in PRESETS:
+    if preset is not None and (not isinstance(preset, str) or preset not in PRESETS):
         raise ConfigError(f"{source}: unknown preset {preset!r}; choose one of {', '.join(PRESETS)}")
     fields = dict(fields)
     if fields.get("threshold") in ("inf", "-inf"):

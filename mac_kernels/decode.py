@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -17,6 +17,9 @@ from .rope import Rope
 from .step import reference_step
 from .support import BACKENDS, Backend, choose_backend, unsupported_reasons
 from .types import HeadLayout, KVLayout, StepTrace
+
+if TYPE_CHECKING:
+    from .fused import FusedStep
 
 __all__ = ["BatchMacDecodeWithPagedKVCacheWrapper", "Explanation"]
 
@@ -44,6 +47,7 @@ class _Plan:
     rope: Rope
     sm_scale: float
     logits_soft_cap: float
+    fused: FusedStep | None
 
 
 class BatchMacDecodeWithPagedKVCacheWrapper:
@@ -55,8 +59,9 @@ class BatchMacDecodeWithPagedKVCacheWrapper:
     ----------
     kv_layout : {"NHD", "HND"}, default "NHD"
         ``[num_pages, page_size, Hkv, D]`` or ``[num_pages, Hkv, page_size, D]``.
-    backend : {"auto", "reference"}, default "auto"
-        ``"reference"``: plain torch on any device, the specification.
+    backend : {"auto", "triton", "reference"}, default "auto"
+        ``"triton"``: two fused launches on an NVIDIA GPU, capturable in a CUDA graph. ``"reference"``: plain torch on any
+        device, the specification.
 
     Raises
     ------
@@ -101,6 +106,7 @@ class BatchMacDecodeWithPagedKVCacheWrapper:
         config: MacConfig | None = None,
         sm_scale: float | None = None,
         logits_soft_cap: float = 0.0,
+        max_kv_len: int | None = None,
     ) -> None:
         """Validate a batch and choose the backend; nothing is changed if it raises.
 
@@ -120,6 +126,9 @@ class BatchMacDecodeWithPagedKVCacheWrapper:
             Default ``1 / sqrt(D)``.
         logits_soft_cap : float, default 0.0
             ``>= 0``; above 0 the first-order correction is turned off (its derivative is another).
+        max_kv_len : int, optional, tokens
+            Upper bound of the context when the page table changes between runs (CUDA graphs). Default: the longest
+            request of this plan.
 
         Raises
         ------
@@ -152,7 +161,23 @@ class BatchMacDecodeWithPagedKVCacheWrapper:
             reasons = unsupported_reasons(backend, config, layout, device)
             if reasons:
                 raise UnsupportedError(f"backend {backend!r}", reasons, "Use backend='auto'.")
-        self._plan = _Plan(table, layout, config, rope, sm_scale, logits_soft_cap)
+        longest = max(int(table.kv_len().max()) if table.batch_size else 1, 1)
+        if max_kv_len is not None and max_kv_len < longest:
+            raise InputError(f"max_kv_len={max_kv_len} must be >= {longest}, the longest request of this plan")
+        fused = None
+        if backend == "triton":
+            from .fused import FusedStep  # imports triton, which the reference backend does not need
+
+            fused = FusedStep(
+                table,
+                layout,
+                config,
+                rope,
+                sm_scale=sm_scale,
+                logits_soft_cap=logits_soft_cap,
+                max_kv_len=longest if max_kv_len is None else max_kv_len,
+            )
+        self._plan = _Plan(table, layout, config, rope, sm_scale, logits_soft_cap, fused)
         self._explanation = Explanation(backend, why, rejected, config, notes)
 
     def run(
@@ -194,9 +219,7 @@ class BatchMacDecodeWithPagedKVCacheWrapper:
         InputError
             If an input does not fit the plan; no ring is changed then.
         """
-        return self.run_return_trace(
-            q, paged_kv_cache, rings=rings, layer=layer, slots=slots, generations=generations, out=out
-        )[0]
+        return self._step(q, paged_kv_cache, rings, layer, slots, generations, out)[0]
 
     def run_return_trace(
         self,
@@ -210,9 +233,31 @@ class BatchMacDecodeWithPagedKVCacheWrapper:
         out: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, StepTrace]:
         """:meth:`run`, and what was decided."""
+        result, trace = self._step(q, paged_kv_cache, rings, layer, slots, generations, out)
+        if trace is None:
+            fused = self._planned().fused
+            assert fused is not None  # only the fused step leaves its trace behind
+            trace = fused.trace()
+        return result, trace
+
+    def _step(
+        self,
+        q: torch.Tensor,
+        paged_kv_cache: tuple[torch.Tensor, torch.Tensor],
+        rings: RingPool,
+        layer: int,
+        slots: torch.Tensor,
+        generations: torch.Tensor,
+        out: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, StepTrace | None]:
+        """Run one step; the fused backend leaves its trace on the device until it is asked for."""
         plan = self._planned()
         kv = PagedKV(paged_kv_cache[0], paged_kv_cache[1], plan.table, plan.layout, self._kv_layout)
         _check_step(plan, q, kv, rings, layer, slots, generations, out)
+        if plan.fused is not None:
+            result = torch.empty_like(q) if out is None else out
+            plan.fused.run(q, kv, rings, layer=layer, slots=slots, generations=generations, out=result)
+            return result, None
         result, trace = reference_step(
             q,
             kv,
@@ -225,9 +270,7 @@ class BatchMacDecodeWithPagedKVCacheWrapper:
             sm_scale=plan.sm_scale,
             logits_soft_cap=plan.logits_soft_cap,
         )
-        if out is None:
-            return result.to(q.dtype), trace
-        return out.copy_(result), trace
+        return (result.to(q.dtype) if out is None else out.copy_(result)), trace
 
     def explain(self) -> Explanation:
         """Tell what the last ``plan()`` chose and why.
@@ -273,7 +316,7 @@ def _check_step(
     for name, tensor in (("slots", slots), ("generations", generations)):
         if tensor.shape != (batch,) or tensor.dtype not in (torch.int32, torch.int64):
             raise InputError(
-                f"{name} must be [{batch}] int32 or int64, got {list(tensor.shape)} {tensor.dtype}; one entry per request"
+                f"{name} must be [{batch}] int32 or int64, got {list(tensor.shape)} {tensor.dtype}; one per request"
             )
     devices = {t.device for t in (q, kv.k_cache, kv.table.indptr, slots, generations, rings.slot_table)}
     if len(devices) > 1:

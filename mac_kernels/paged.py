@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -61,7 +62,7 @@ class PageTable:
             (given ``num_pages``) a page index is out of range.
         """
         indptr, last = self.indptr.tolist(), self.last_page_len.tolist()
-        if indptr[0] != 0 or any(b < a for a, b in zip(indptr, indptr[1:], strict=False)):
+        if indptr[0] != 0 or any(b < a for a, b in itertools.pairwise(indptr)):
             raise InputError(f"indptr must start at 0 and never fall, got {_short(indptr)}; it is a running page count")
         if indptr[-1] > self.indices.numel():
             raise InputError(
@@ -72,8 +73,8 @@ class PageTable:
             low = 1 if end > first else 0
             if not low <= length <= (self.page_size if end > first else 0):
                 raise InputError(
-                    f"last_page_len[{request}]={length} must be in [{low}, {self.page_size if low else 0}] for a request "
-                    f"of {end - first} pages of {self.page_size} tokens"
+                    f"last_page_len[{request}]={length} must be in [{low}, {self.page_size if low else 0}] for a "
+                    f"request of {end - first} pages of {self.page_size} tokens"
                 )
         if num_pages is not None and indptr[-1]:
             used = self.indices[: indptr[-1]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
@@ -113,7 +114,8 @@ def _states(
     )
 
     def by_query(x: torch.Tensor) -> torch.Tensor:
-        return x.view(kv_heads, count, heads // kv_heads, *x.shape[2:]).transpose(0, 1).reshape(count, heads, *x.shape[2:])
+        grouped = x.view(kv_heads, count, heads // kv_heads, *x.shape[2:])
+        return grouped.transpose(0, 1).reshape(count, heads, *x.shape[2:])
 
     return AttnState(*(None if x is None else by_query(x) for x in state))
 
@@ -121,12 +123,13 @@ def _states(
 def _check_queries(q: torch.Tensor, qo_indptr: torch.Tensor, kv: PagedKV) -> None:
     if qo_indptr.shape != (kv.table.batch_size + 1,):
         raise InputError(
-            f"qo_indptr must be [{kv.table.batch_size + 1}] for {kv.table.batch_size} requests, got {list(qo_indptr.shape)}"
+            f"qo_indptr must be [{kv.table.batch_size + 1}] for {kv.table.batch_size} requests, "
+            f"got {list(qo_indptr.shape)}"
         )
     bounds = qo_indptr.tolist()
-    if bounds[0] != 0 or bounds[-1] != q.shape[0] or any(b < a for a, b in zip(bounds, bounds[1:], strict=False)):
+    if bounds[0] != 0 or bounds[-1] != q.shape[0] or any(b < a for a, b in itertools.pairwise(bounds)):
         raise InputError(
-            f"qo_indptr must rise from 0 to the {q.shape[0]} rows of q, got {bounds[0]} .. {bounds[-1]}; lengths disagree"
+            f"qo_indptr must rise from 0 to the {q.shape[0]} rows of q, got {bounds[0]} .. {bounds[-1]}; check lengths"
         )
     if q.shape[1:] != (kv.layout.num_qo_heads, kv.layout.head_dim):
         raise InputError(
@@ -135,6 +138,6 @@ def _check_queries(q: torch.Tensor, qo_indptr: torch.Tensor, kv: PagedKV) -> Non
     for request, length in enumerate(kv.table.kv_len().tolist()):
         if bounds[request + 1] - bounds[request] > length:
             raise InputError(
-                f"request {request} has {bounds[request + 1] - bounds[request]} queries but only {length} cached tokens; "
-                "write the chunk's keys and values first"
+                f"request {request} has {bounds[request + 1] - bounds[request]} queries but only {length} cached "
+                "tokens; write the chunk's keys and values first"
             )

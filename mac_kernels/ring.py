@@ -324,7 +324,9 @@ class RingPool:
             If the layout, the window, the layer or the stored fields do not fit.
         """
         if self.layout != layout:
-            raise InputError(f"rings were built for {self.layout}, the plan has {layout}; build a RingPool for this layout")
+            raise InputError(
+                f"rings were built for {self.layout}, the plan has {layout}; build a RingPool for this one"
+            )
         if self.window != config.window:
             raise InputError(
                 f"rings have window {self.window}, the config has window={config.window}; build the RingPool with it"
@@ -343,7 +345,7 @@ class RingPool:
 
     def _check_slot(self, slot: int) -> None:
         if not 0 <= slot < self.num_slots:
-            raise InputError(f"slot {slot} is out of range [0, {self.num_slots - 1}]; build the pool with more num_slots")
+            raise InputError(f"slot {slot} is out of range [0, {self.num_slots - 1}]; build a pool of more num_slots")
 
 
 def _cut(pos: torch.Tensor, up_to: int | None) -> None:

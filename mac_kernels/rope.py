@@ -38,11 +38,10 @@ class Rope:
         self.rotary_dim = rotary_dim
         self.interleaved = interleaved
         self._cos_sin = cos_sin
+        self._table: torch.Tensor | None = None
 
     @staticmethod
-    def from_inv_freq(
-        inv_freq: torch.Tensor, *, attention_scaling: float = 1.0, interleaved: bool = False
-    ) -> Rope:
+    def from_inv_freq(inv_freq: torch.Tensor, *, attention_scaling: float = 1.0, interleaved: bool = False) -> Rope:
         """Rotation by ``position * inv_freq`` ([rotary_dim // 2] fp32), cos and sin scaled by ``attention_scaling``.
 
         The product is formed in fp32, as models do, so that a rotation at a large position is undone with the same
@@ -78,6 +77,15 @@ class Rope:
     def cos_sin(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return ``(cos, sin)`` [..., rotary_dim // 2] fp32 at ``positions`` [...], magnitude included."""
         return self._cos_sin(positions)
+
+    def cos_sin_cache(self, max_position: int, device: torch.device | str) -> torch.Tensor:
+        """Return the table ``cat(cos, sin)`` [>= max_position, rotary_dim] fp32 that the kernels read, built once."""
+        cached = self._table
+        if cached is None or cached.shape[0] < max_position or cached.device != torch.device(device):
+            rows = max(4096, 1 << (max_position - 1).bit_length())
+            cos, sin = self.cos_sin(torch.arange(rows, device=device))
+            cached = self._table = torch.cat((cos, sin), dim=-1).contiguous()
+        return cached
 
     def rotate(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Apply ``R_t`` to ``x`` [..., H, D] at ``positions`` [...]; returns fp32."""

@@ -1,7 +1,7 @@
 """Where a setting comes from: one list of precedence, and the source of every value.
 
-From strongest to weakest: explicit argument, ``MAC_KERNELS_CONFIG`` (a file, or a folder with ``config.json``), the user's
-``config.json``, preset. Layers are merged value by value; a preset named by a layer replaces every value below it.
+From strongest to weakest: explicit argument, ``MAC_KERNELS_CONFIG`` (a file, or a folder with ``config.json``), the
+user's ``config.json``, preset. Layers are merged value by value; a preset named by a layer replaces every value below.
 """
 
 from __future__ import annotations
@@ -120,6 +120,16 @@ def user_config_dir() -> Path:
     return user_config_path("mac-kernels", appauthor=False)
 
 
+def cache_dir(environ: Mapping[str, str] | None = None) -> Path:
+    """Return the folder for downloads: ``MAC_KERNELS_CACHE``, or the user's cache folder on this system."""
+    named = (os.environ if environ is None else environ).get("MAC_KERNELS_CACHE")
+    if named:
+        return Path(named).expanduser()
+    from platformdirs import user_cache_path
+
+    return user_cache_path("mac-kernels", appauthor=False)
+
+
 def unknown_variables(environ: Mapping[str, str]) -> tuple[str, ...]:
     """Return one message for every ``MAC_KERNELS_*`` name that nothing reads, with the nearest known name."""
     messages = []
@@ -131,9 +141,7 @@ def unknown_variables(environ: Mapping[str, str]) -> tuple[str, ...]:
     return tuple(messages)
 
 
-def _files(
-    file: str | Path | None, environ: Mapping[str, str], user_dir: Path
-) -> list[tuple[SourceKind, Path]]:
+def _files(file: str | Path | None, environ: Mapping[str, str], user_dir: Path) -> list[tuple[SourceKind, Path]]:
     # weakest first
     found: list[tuple[SourceKind, Path]] = []
     if (user_dir / CONFIG_FILE_NAME).is_file():
@@ -141,9 +149,9 @@ def _files(
     if named := environ.get("MAC_KERNELS_CONFIG"):
         path = Path(named).expanduser()
         if not path.exists():
-            raise ConfigError(f"MAC_KERNELS_CONFIG={named} does not exist; name a JSON config file, or a folder with one")
+            raise ConfigError(f"MAC_KERNELS_CONFIG={named} does not exist; name a JSON config file or its folder")
         if path.is_dir() and not (path / CONFIG_FILE_NAME).is_file():
-            raise ConfigError(f"MAC_KERNELS_CONFIG={named} is a folder without {CONFIG_FILE_NAME}; put the config there")
+            raise ConfigError(f"MAC_KERNELS_CONFIG={named} is a folder without {CONFIG_FILE_NAME}; put one there")
         found.append(("environment", path / CONFIG_FILE_NAME if path.is_dir() else path))
     if file is not None:
         found.append(("argument", Path(file).expanduser()))

@@ -22,7 +22,9 @@ class FindMatch(Protocol):
 
     def __call__(
         self, q_pre: torch.Tensor, rows: RingRows, position: torch.Tensor, *, config: MacConfig
-    ) -> MatchResult: ...
+    ) -> MatchResult:
+        """See there."""
+        ...
 
 
 def reference_step(
@@ -135,6 +137,4 @@ def _at_row(values: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
 def _masked(state: AttnState, keep: torch.Tensor) -> AttnState:
     """The state where ``keep`` [B, Hq], else the empty state."""
     kbar = None if state.kbar is None else torch.where(keep[..., None], state.kbar, 0.0)
-    return AttnState(
-        torch.where(keep[..., None], state.out, 0.0), torch.where(keep, state.lse2, -torch.inf), kbar
-    )
+    return AttnState(torch.where(keep[..., None], state.out, 0.0), torch.where(keep, state.lse2, -torch.inf), kbar)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
-from .config import MacConfig
+from .config import PRESETS, MacConfig
 from .types import HeadLayout
 
-Backend = Literal["reference"]
-BACKENDS: tuple[Backend, ...] = ("reference",)
+Backend = Literal["triton", "reference"]
+BACKENDS: tuple[Backend, ...] = ("triton", "reference")
 """Fastest first; ``"auto"`` takes the first that has no reason against it."""
 
 
@@ -18,7 +20,7 @@ def unsupported_reasons(
     backend: Backend, config: MacConfig, layout: HeadLayout, device: torch.device
 ) -> tuple[str, ...]:
     """Return every reason why a backend cannot run this configuration here; empty if it can."""
-    checks = {"reference": _reference_reasons}
+    checks = {"triton": _triton_reasons, "reference": _reference_reasons}
     return checks[backend](config, layout, device)
 
 
@@ -35,6 +37,57 @@ def choose_backend(
     raise AssertionError("the reference backend supports everything that MacConfig and HeadLayout allow")
 
 
+def _triton_reasons(config: MacConfig, layout: HeadLayout, device: torch.device) -> tuple[str, ...]:
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    checks = (
+        (device.type == "cuda" or interpreted, f"device {device.type} (needs an NVIDIA GPU)"),
+        (layout.head_dim <= 256, f"head_dim={layout.head_dim} (at most 256)"),
+        (layout.group_size <= 16, f"{layout.group_size} query heads per kv head (at most 16)"),
+        (config.nominees is not None, "nominees=None (it scans the ring through the sketch; set nominees)"),
+        ((config.nominees or 1) <= 64, f"nominees={config.nominees} (at most 64)"),
+        (config.window <= 4096, f"window={config.window} (at most 4096 rows)"),
+        (config.recompute_loaded_groups, "recompute_loaded_groups=False (a control for the reference backend)"),
+    )
+    return tuple(reason for good, reason in checks if not good)
+
+
 def _reference_reasons(config: MacConfig, layout: HeadLayout, device: torch.device) -> tuple[str, ...]:
     del config, layout, device
     return ()
+
+
+@dataclass(frozen=True, slots=True)
+class Feature:
+    """One row of the support table: what is asked of a backend, described by inputs of :func:`unsupported_reasons`."""
+
+    label: str
+    config: MacConfig = MacConfig()
+    layout: HeadLayout = HeadLayout(32, 8, 128)
+    device: str = "cuda"
+
+
+FEATURES = (
+    Feature("CPU", device="cpu"),
+    Feature("NVIDIA GPU"),
+    *(Feature(f"head_dim {d}", layout=HeadLayout(32, 8, d)) for d in (64, 80, 128, 256)),
+    *(Feature(f"{g} query heads per kv head", layout=HeadLayout(8 * g, 8, 128)) for g in (1, 3, 8, 16)),
+    Feature("first-order correction off", config=MacConfig(correction=False)),
+    Feature('match_scope="group"', config=MacConfig(match_scope="group")),
+    Feature("exact scan of every row (nominees=None)", config=MacConfig(nominees=None)),
+    Feature("preset paper (control)", config=PRESETS["paper"]),
+)
+"""The rows of the support table."""
+
+
+def support_table() -> dict[str, dict[str, tuple[str, ...]]]:
+    """Return, for every feature and backend, the reasons against it; an empty tuple means that it is supported.
+
+    The table speaks of what the backends can do, not of the machine that it is printed on.
+    """
+    return {
+        feature.label: {
+            backend: unsupported_reasons(backend, feature.config, feature.layout, torch.device(feature.device))
+            for backend in BACKENDS
+        }
+        for feature in FEATURES
+    }

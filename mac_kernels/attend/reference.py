@@ -48,9 +48,7 @@ def partial_attention(
     k, v = kv.gather(first, count)  # [B, N, Hkv, D]
     position = first[:, None] + torch.arange(count, device=q.device)
     mask = (position[:, None] >= start[:, :, None]) & (position < stop[:, None])[:, None]  # [B, Hq, N]
-    return masked_attention(
-        q, k, v, mask, sm_scale=sm_scale, logits_soft_cap=logits_soft_cap, return_kbar=return_kbar
-    )
+    return masked_attention(q, k, v, mask, sm_scale=sm_scale, logits_soft_cap=logits_soft_cap, return_kbar=return_kbar)
 
 
 def masked_attention(
@@ -73,7 +71,7 @@ def masked_attention(
     logits = torch.where(mask, logits * LOG2_E, -torch.inf)
     lse2 = logits_logsumexp2(logits)
     weight = torch.exp2(logits - torch.where(torch.isfinite(lse2), lse2, 0.0)[..., None])
-    weight = weight.view(batch, num_kv_heads, -1, weight.shape[-1])
+    weight = weight.view(*grouped.shape[:3], k.shape[1])
 
     def mean(x: torch.Tensor) -> torch.Tensor:
         return torch.einsum("bhgn,bnhd->bhgd", weight, x.float()).reshape(batch, num_heads, dim)

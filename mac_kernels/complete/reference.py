@@ -34,8 +34,8 @@ def correct(state: AttnState, q_pre: torch.Tensor, q_pre_matched: torch.Tensor, 
     """Move a reused state's ``lse2`` to the current query, to first order.
 
     The derivative of a log-sum-exp with respect to the query is the attention-weighted mean key, so
-    ``lse2' = lse2 + sm_scale * log2(e) * (q_pre - q_pre_matched) . kbar`` with ``kbar`` in the pre-RoPE frame. ``out`` is
-    kept. A state without ``kbar`` is returned unchanged.
+    ``lse2' = lse2 + sm_scale * log2(e) * (q_pre - q_pre_matched) . kbar`` with ``kbar`` in the pre-RoPE frame. ``out``
+    is kept. A state without ``kbar`` is returned unchanged.
     """
     if state.kbar is None:
         return state

@@ -1,4 +1,4 @@
-"""Acceptance: may the state of the matched row stand in for the exact one?"""
+"""Acceptance: whether the state of the matched row may stand in for the exact one."""
 
 from __future__ import annotations
 

@@ -7,8 +7,8 @@ import torch
 from ..config import MacConfig
 from ..errors import InputError
 from ..ring import RingRows
-from .sketch import dequantize
 from ..types import MatchResult
+from .sketch import dequantize
 
 
 def find_match(q_pre: torch.Tensor, rows: RingRows, position: torch.Tensor, *, config: MacConfig) -> MatchResult:
@@ -32,9 +32,9 @@ def find_match(q_pre: torch.Tensor, rows: RingRows, position: torch.Tensor, *, c
 
     Notes
     -----
-    Eligible: ``m - W < pos < m`` (the row at ``m - W`` is about to be overwritten), the ring belongs to the request, and
-    the stored state is not empty. Scope ``"group"`` takes one row for the whole kv group: the one whose worst head is
-    nearest.
+    Eligible: ``m - W < pos < m`` (the row at ``m - W`` is about to be overwritten), the ring belongs to the request,
+    and the stored state is not empty. Scope ``"group"`` takes one row for the whole kv group: the one whose worst head
+    is nearest.
     """
     batch, num_heads, _ = q_pre.shape
     num_kv_heads = rows.anchor.shape[-1]

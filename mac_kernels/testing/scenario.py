@@ -19,6 +19,8 @@ from ..ring import RingPool
 from ..rope import Rope
 from ..types import AttnState, HeadLayout, KVLayout, covered_end
 
+_NEAR_ROWS = 4  # fewer than any sensible number of nominees, so that a sketch finds them
+
 
 class PagedStore:
     """A paged cache in random page order, NaN wherever no token was written.
@@ -29,6 +31,8 @@ class PagedStore:
         Requests, and tokens that each may grow to.
     layout, page_size, kv_layout, dtype, device
         Of the cache.
+    fused : bool, default False
+        Keys and values are strided views of one tensor [num_pages, 2, ...].
     generator : torch.Generator
         CPU generator of the page order.
 
@@ -48,6 +52,7 @@ class PagedStore:
         kv_layout: KVLayout = "NHD",
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        fused: bool = False,
         generator: torch.Generator,
     ) -> None:
         self.layout, self.page_size, self.kv_layout = layout, page_size, kv_layout
@@ -58,8 +63,8 @@ class PagedStore:
         heads, dim = layout.num_kv_heads, layout.head_dim
         inner = (page_size, heads, dim) if kv_layout == "NHD" else (heads, page_size, dim)
         shape = (batch * pages + 2, *inner)
-        self.k_cache = torch.full(shape, torch.nan, dtype=dtype, device=device)
-        self.v_cache = torch.full(shape, torch.nan, dtype=dtype, device=device)
+        both = torch.full((shape[0], 2, *inner) if fused else (2, *shape), torch.nan, dtype=dtype, device=device)
+        self.k_cache, self.v_cache = both.unbind(1 if fused else 0)
 
     def write(self, request: int, first: int, k: torch.Tensor, v: torch.Tensor) -> None:
         """Write tokens [N, Hkv, D] of a request from position ``first`` on."""
@@ -143,9 +148,9 @@ def plant_step(
 ) -> Scenario:
     """Build a decode step in which chosen kv groups hit and the others narrowly miss.
 
-    The ring rows lie around the query in the pre-RoPE frame: the nearest at the planted distance and lag, the second
-    at ``second_ratio`` of it, the others farther out. Every head has its own nearest row (one for the whole group with
-    ``match_scope="group"``). At a missed group one random head is too far; the others are as near as at a hit. The first
+    The ring rows lie around the query in the pre-RoPE frame. Up to four rows per kv group are near: the nearest of every
+    head is one of them (one for the whole group with ``match_scope="group"``), the other three are at ``second_ratio``
+    or little more, and all other rows are farther out. At a missed group one random head is too far; the others are as near as at a hit. The first
     token becomes an attention sink as strong as the influence bound needs.
 
     Parameters
@@ -204,7 +209,6 @@ def plant_step(
         window=config.window,
         dtype=dtype,
         correction=config.correction,
-        sketch_dim=0 if config.nominees is None else 32,
         device=device,
     )
     poison_rings(rings)
@@ -238,20 +242,25 @@ def _plant_rows(
     """Lag of the nearest row [B, Hq] and distance / cap of every row [B, W - 1, Hq], row i at lag i + 1."""
     batch, kv_heads, group, count = *hits.shape, layout.group_size, config.window - 1
     low, high = max(1, min(lag[0], count)), max(1, min(lag[1], count))
+    shuffled = torch.rand(batch, kv_heads, high - low + 1, generator=generator).argsort(-1) + low
+    near = shuffled[..., :_NEAR_ROWS]  # [B, Hkv, R] lags
     shape = (batch, kv_heads, group if config.match_scope == "head" else 1)
-    lags = torch.randint(low, high + 1, shape, generator=generator).expand(batch, kv_heads, group)
+    choice = torch.randint(near.shape[-1], shape, generator=generator).expand(batch, kv_heads, group)
+    lags = near.gather(-1, choice).reshape(batch, -1)
+
     nearest = _uniform((batch, kv_heads, group), hit_fraction, generator)
     far_head = torch.randint(group, (batch, kv_heads, 1), generator=generator)
     far = torch.arange(group).expand(batch, kv_heads, group) == far_head
     nearest = torch.where(far & ~hits[..., None], _uniform(nearest.shape, miss_ratio, generator), nearest)
-    lags, nearest = lags.reshape(batch, -1), nearest.reshape(batch, -1)
+    nearest = nearest.reshape(batch, -1)
 
-    # others at second_ratio and beyond; in group scope no other row may be nearer by its worst head
+    # in group scope no other row may be nearer by its worst head
     base = nearest if config.match_scope == "head" else _worst(nearest, group)
-    spread = torch.rand(batch, count, nearest.shape[1], generator=generator)
-    spread = spread - spread.masked_fill(_at(lags, count), torch.inf).amin(1, keepdim=True)
-    others = base[:, None] * (second_ratio + spread)
-    return lags, torch.where(_at(lags, count), nearest[:, None], others)
+    shape = (batch, count, kv_heads * group)
+    is_near = torch.stack([_at(row, count) for row in near.unbind(-1)]).any(0).repeat_interleave(group, dim=2)
+    spread = torch.rand(shape, generator=generator)
+    spread = torch.where(is_near, 0.05 * spread, 0.15 + spread)
+    return lags, torch.where(_at(lags, count), nearest[:, None], base[:, None] * (second_ratio + spread))
 
 
 def _at(lags: torch.Tensor, count: int) -> torch.Tensor:

@@ -55,6 +55,13 @@ def max_error(x: torch.Tensor, ref: torch.Tensor) -> float:
     return float(difference.max()) if difference.numel() else 0.0
 
 
+def floor_error(stage: Stage, dtype: torch.dtype, ref: torch.Tensor) -> float:
+    """The absolute error allowed beyond twice the plain one."""
+    finite = ref[torch.isfinite(ref)].abs()
+    scale = max(1.0, float(finite.max())) if finite.numel() else 1.0
+    return TOLERANCES[stage, dtype].ulps * torch.finfo(dtype).eps * scale
+
+
 def assert_close(
     stage: Stage,
     fast: torch.Tensor,
@@ -82,10 +89,7 @@ def assert_close(
     AssertionError
         If the error is larger than allowed, or anything is NaN.
     """
-    tolerance = TOLERANCES[stage, dtype]
-    finite = ref[torch.isfinite(ref)].abs()
-    scale = max(1.0, float(finite.max())) if finite.numel() else 1.0
-    floor = tolerance.ulps * torch.finfo(dtype).eps * scale
+    floor = floor_error(stage, dtype, ref)
     error, plain_error = max_error(fast, ref), max_error(plain, ref)
     allowed = 2 * plain_error + floor
     name = str(dtype).removeprefix("torch.")
@@ -95,5 +99,5 @@ def assert_close(
     )
     print(line)
     if not error <= allowed:
-        raise AssertionError(f"{line} ({tolerance.reason})")
+        raise AssertionError(f"{line} ({TOLERANCES[stage, dtype].reason})")
     return error / allowed

@@ -1,0 +1,204 @@
+"""The fused decode step: two launches, no host sync, fixed addresses, so that a CUDA graph can replay it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import triton
+
+from .attend.triton import rest_kernel
+from .config import MacConfig
+from .match.accept import distance_cap
+from .match.triton import scout_kernel
+from .paged import PagedKV, PageTable
+from .ring import RingPool
+from .rope import Rope
+from .types import LOG2_E, HeadLayout, StepTrace
+
+_INT32_MAX = 2**31 - 1
+_FIELDS = 8  # per kv group: low, high, position, ring, reuse, anchor, reason, head hits as bits
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LaunchParams:
+    """Launch parameters of both kernels; the defaults are safe on every GPU that the backend supports.
+
+    ``splits``: programs per kv group in the first launch; ``programs_per_sm``: of the second; ``block_n``: keys per
+    tile; ``num_warps``, ``num_stages``: as in Triton; ``block_rows``: ring rows per tile of the scan.
+    """
+
+    splits: int = 1
+    scout_block_n: int = 64
+    scout_warps: int = 4
+    scout_stages: int = 2
+    block_rows: int = 64
+    programs_per_sm: int = 2
+    block_n: int = 64
+    num_warps: int = 4
+    num_stages: int = 3
+
+
+def default_launch(num_groups: int, config: MacConfig, num_sms: int) -> LaunchParams:
+    """Enough splits to give every SM two programs of the first launch, at least 32 band tokens each."""
+    most = max(1, min(8, config.band // 32))
+    splits = 1
+    while splits * 2 <= most and num_groups * splits * 2 <= 2 * num_sms:
+        splits *= 2
+    per_split = -(-config.band // splits)
+    return LaunchParams(splits=splits, scout_block_n=max(16, min(64, triton.next_power_of_2(per_split))))
+
+
+class FusedStep:
+    """Workspace and launches of one planned batch. Allocates here, never in :meth:`run`.
+
+    Parameters
+    ----------
+    table : PageTable
+        Device page table; its values may change between runs, its batch size may not.
+    layout, config, rope, sm_scale, logits_soft_cap
+        As planned.
+    max_kv_len : int, tokens
+        Upper bound of the context over all runs.
+    launch : LaunchParams, optional
+        Default: :func:`default_launch`.
+    """
+
+    def __init__(
+        self,
+        table: PageTable,
+        layout: HeadLayout,
+        config: MacConfig,
+        rope: Rope,
+        *,
+        sm_scale: float,
+        logits_soft_cap: float,
+        max_kv_len: int,
+        launch: LaunchParams | None = None,
+    ) -> None:
+        device = table.indptr.device
+        groups = table.batch_size * layout.num_kv_heads
+        sms = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+        self.launch = default_launch(groups, config, sms) if launch is None else launch
+        self.programs = self.launch.programs_per_sm * sms
+        self._groups, self._layout, self._config, self._batch = groups, layout, config, table.batch_size
+        self._interleaved, self._rotary_dim = rope.interleaved, rope.rotary_dim
+        self._cos_sin = rope.cos_sin_cache(max_kv_len, device)
+        self._logit_scale = sm_scale * LOG2_E
+        self._soft_cap = logits_soft_cap
+        self._pdl = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+        splits, group, dim = self.launch.splits, layout.group_size, layout.head_dim
+
+        def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+            return torch.empty(shape, dtype=dtype, device=device)
+
+        self._scan = empty(groups, config.window)
+        self._always_out, self._always_lse = empty(groups, splits, group, dim), empty(groups, splits, group)
+        self._part_out, self._part_key = empty(2 * self.programs, group, dim), empty(2 * self.programs, group, dim)
+        self._part_lse = empty(2 * self.programs, group)
+        self._int = empty(groups, 3, group, dtype=torch.int32)
+        self._float = empty(groups, 3, group)
+        self._info = empty(groups, _FIELDS, dtype=torch.int32)
+        # every group counts its arrivals and sets its counter back to zero, so one fill serves all runs
+        self._arrived = torch.zeros(2, groups, dtype=torch.int32, device=device)
+
+    def run(
+        self,
+        q: torch.Tensor,
+        kv: PagedKV,
+        rings: RingPool,
+        *,
+        layer: int,
+        slots: torch.Tensor,
+        generations: torch.Tensor,
+        out: torch.Tensor,
+    ) -> None:
+        """Launch both kernels for ``q`` [B, Hq, D]; writes ``out`` and the ring rows."""
+        config, layout, launch = self._config, self._layout, self.launch
+        field = {name: tensor[layer] for name, tensor in rings.fields.items()}
+        key = field["kbar"] if rings.correction else field["out"]
+        sketch = rings.sketch
+        assert sketch is not None  # unsupported_reasons() refused pools without one
+        page_axis, head_axis = (1, 2) if kv.kv_layout == "NHD" else (2, 1)
+        k, v = kv.k_cache, kv.v_cache
+        kv_strides = (
+            k.stride(0), k.stride(page_axis), k.stride(head_axis),
+            v.stride(0), v.stride(page_axis), v.stride(head_axis),
+        )  # fmt: skip
+        dim, group = layout.head_dim, layout.group_size
+        terms, sketch_dim = sketch.index.shape
+        block_g = triton.next_power_of_2(group)
+        shared = {
+            "WINDOW": config.window,
+            "NUM_QO_HEADS": layout.num_qo_heads,
+            "NUM_KV_HEADS": layout.num_kv_heads,
+            "GROUP": group,
+            "BLOCK_G": block_g,
+            "BLOCK_M": max(16, block_g),
+            "HEAD_DIM": dim,
+            "BLOCK_D": max(16, triton.next_power_of_2(dim)),
+            "ROTARY_DIM": self._rotary_dim,
+            "INTERLEAVED": self._interleaved,
+            "TERMS": terms,
+            "SKETCH_DIM": sketch_dim,
+            "BLOCK_T": triton.next_power_of_2(terms),
+            "BLOCK_K": triton.next_power_of_2(sketch_dim),
+            "SPLITS": launch.splits,
+            "SOFT_CAP": self._soft_cap > 0,
+            "PAGE_SIZE": kv.table.page_size,
+            "PRECISION": "ieee" if k.dtype == torch.float32 else "tf32",
+        }
+        pdl = {"PDL": True, "launch_pdl": True} if self._pdl else {"PDL": False}
+        nominees = config.nominees or 1
+        block_nominees = triton.next_power_of_2(nominees)
+        root = math.sqrt(2 * dim)
+        scout_kernel[(self._groups * launch.splits,)](
+            q, q.stride(0), q.stride(1), k, v, *kv_strides,
+            kv.table.indptr, kv.table.indices, kv.table.last_page_len,
+            slots, generations, rings.slot_table, rings.ring_generation, rings.num_slots,
+            field["q_pre"], key, field["lse2"], field["pos"], field["anchor"], field["sketch"], field["sketch_scale"],
+            sketch.index, sketch.sign, self._cos_sin, rings.counters.values[layer],
+            self._scan, self._always_out, self._always_lse, self._arrived[0], self._int, self._float, self._info,
+            self._logit_scale, self._soft_cap, distance_cap(config, dim),
+            math.inf if config.influence is None else config.influence * root,
+            _INT32_MAX if config.max_age is None else config.max_age, config.min_context,
+            BAND=config.band, SINKS=config.sinks, BLOCK_W=triton.next_power_of_2(config.window),
+            BLOCK_R=launch.block_rows, NOMINEES=nominees, BLOCK_NOMINEES=block_nominees,
+            NOMINEES_AT_ONCE=min(block_nominees, max(1, 64 // block_g)),
+            BLOCK_S=max(16, min(64, triton.next_power_of_2(max(config.sinks, 1)))),
+            GROUP_SCOPE=config.match_scope == "group", CORRECTION=config.correction,
+            BLOCK_N=launch.scout_block_n, STAGES=launch.scout_stages, num_warps=launch.scout_warps, **shared, **pdl,
+        )  # fmt: skip
+        rest_kernel[(self.programs,)](
+            q, q.stride(0), q.stride(1), out, out.stride(0), out.stride(1), k, v, *kv_strides,
+            kv.table.indptr, kv.table.indices, self._int, self._float, self._info, self._arrived[1],
+            self._part_out, self._part_key, self._part_lse, self._always_out, self._always_lse,
+            field["q_pre"], field["out"], key, field["lse2"], field["pos"], field["anchor"],
+            field["sketch"], field["sketch_scale"], sketch.index, sketch.sign, self._cos_sin,
+            self._logit_scale, self._soft_cap, self._groups, self.programs,
+            KBAR=rings.correction, BLOCK_N=launch.block_n, BLOCK_GROUPS=triton.next_power_of_2(self._groups),
+            STAGES=launch.num_stages, num_warps=launch.num_warps, **shared, **pdl,
+        )  # fmt: skip
+
+    def trace(self) -> StepTrace:
+        """What the last run decided (views and small copies on the device)."""
+        heads = (self._batch, self._layout.num_qo_heads)
+        groups = (self._batch, self._layout.num_kv_heads)
+        info = self._info.view(*groups, _FIELDS).long()
+        bits = torch.arange(self._layout.group_size, device=info.device)
+        kv_len = info[:, 0, 2] + 1
+        stop = torch.clamp(kv_len - self._config.band, min=self._config.sinks)
+        low = info[..., 0]
+        read = (stop[:, None] - low).clamp(min=0) + (kv_len - stop).clamp(min=0)[:, None] + self._config.sinks
+        return StepTrace(
+            reason=info[..., 6],
+            head_hit=((info[..., 7, None] >> bits) & 1).bool().reshape(heads),
+            matched_pos=self._int[:, 2].long().reshape(heads),
+            distance=self._float[:, 1].clone().reshape(heads),
+            weight_bound=self._float[:, 2].clone().reshape(heads),
+            start=self._int[:, 0].long().reshape(heads),
+            stop=stop,
+            kv_read=torch.minimum(read, kv_len[:, None]),
+            kv_len=kv_len,
+        )

@@ -1,0 +1,78 @@
+"""What a subclass sets, and how the kit's tests are parametrized from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import pytest
+import torch
+
+from ...config import MacConfig
+from ...decode import BatchMacDecodeWithPagedKVCacheWrapper
+from ...prefill import fill_rings
+from .cases import CONFIGS, SMALL_CASES, Case
+from .session import Session
+
+
+class Kit:
+    """Overridable attributes and hooks of :class:`DecodeConformance`."""
+
+    backend: ClassVar[str] = "reference"
+    device: ClassVar[str] = "cpu"
+    dtypes: ClassVar[tuple[torch.dtype, ...]] = (torch.float32,)
+    """Of queries, cache and rings."""
+    cases: ClassVar[tuple[Case, ...]] = SMALL_CASES
+    """Shapes; tests that need only one take the first."""
+    rules: ClassVar[Mapping[str, MacConfig]] = CONFIGS
+    """Acceptance rules, by name."""
+    steps: ClassVar[int] = 10
+    """Decode steps per shape."""
+    rule_steps: ClassVar[int] = 40
+    """Decode steps per rule beyond the window."""
+    chain_steps: ClassVar[int] = 640
+    """Steps of the long chain."""
+    runs_paper: ClassVar[bool] = False
+    """Whether the backend offers ``recompute_loaded_groups=False``."""
+    capturable: ClassVar[bool] = False
+    """Whether ``run()`` can be captured in a CUDA graph; the replay test then captures, otherwise it calls again."""
+
+    def make_wrapper(self, kv_layout: str) -> Any:
+        """The wrapper under test; override to pass what the backend needs."""
+        return BatchMacDecodeWithPagedKVCacheWrapper(kv_layout, backend=self.backend)  # type: ignore[arg-type]
+
+    def fill_rings(self, *args: Any, **kwargs: Any) -> None:
+        """The prefill under test; override if the backend has its own."""
+        fill_rings(*args, **kwargs)
+
+    def capture(self, run: Callable[[], Any]) -> Callable[[], Any]:
+        """Record ``run`` (static tensors only) and return what replays it."""
+        if not self.capturable:
+            return run
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            run()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            run()
+        return graph.replay
+
+    def session(self, case: Case | None = None, *, config: MacConfig | None = None, **options: Any) -> Session:
+        """A session of this backend, by default of the first case, the first rule and the first dtype."""
+        return Session(
+            self.make_wrapper,
+            self.cases[0] if case is None else case,
+            next(iter(self.rules.values())) if config is None else config,
+            device=self.device,
+            fill=self.fill_rings,
+            **{"dtype": self.dtypes[0], **options},
+        )
+
+    @classmethod
+    def pytest_generate_tests(cls, metafunc: pytest.Metafunc) -> None:
+        """Run every test over the class's cases, dtypes and rules that it asks for."""
+        for name, values in (("case", cls.cases), ("dtype", cls.dtypes), ("rule", tuple(cls.rules))):
+            if name in metafunc.fixturenames:
+                metafunc.parametrize(name, values, ids=lambda value: str(value).removeprefix("torch."))

@@ -1,0 +1,159 @@
+"""Judges what a backend decided: nearest row, causes in order, ranges without gap or overlap."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+
+from ...config import MacConfig
+from ...match.sketch import Sketch
+from ...types import Reason, StepTrace
+from .cases import Case
+
+if TYPE_CHECKING:
+    from .session import Session, StepResult
+
+
+def check_decisions(session: Session, result: StepResult, i: int, rows: dict[str, torch.Tensor] | None) -> None:
+    """Check the decisions of entry ``i`` of a step against the ring rows [W, ...] it found (``None``: no ring)."""
+    config, case, trace, t = session.config, session.case, result.trace, result.positions[i]
+    check_ranges(config, case, trace, i, t)
+    matched = trace.matched_pos[i]
+    if rows is None:
+        assert bool((trace.reason[i] == Reason.NO_RING).all()), f"reason {trace.reason[i]} without a ring"
+        assert not bool(trace.head_hit[i].any()), "a head hit without a ring"
+        return
+    if config.match_scope == "group":
+        by_group = matched.view(-1, case.group)
+        assert bool((by_group == by_group[:, :1]).all()), f"heads of one group matched different rows at {t}: {by_group}"
+    q_pre = session.truth[result.requests[i]].q_pre(result.q[i], t)
+    distance, pos = eligible_distance(config, case, rows, q_pre, t, session)
+    best = _best(distance, case, config)
+    for head in range(distance.shape[1]):
+        p = int(matched[head])
+        if not math.isfinite(float(best[head])):
+            assert p == -1, f"head {head} at {t} matched {p}, but no row is eligible"
+            continue
+        assert p in pos.tolist(), f"head {head} at {t} matched {p}, which no row is tagged with"
+        own = float(_score(distance, case, config)[pos.tolist().index(p), head])
+        assert own <= float(best[head]) * (1 + session.margin) + 1e-5, (
+            f"head {head} at {t} matched {p} at distance {own:.6g}, the nearest eligible row is at {float(best[head]):.6g}"
+        )
+        reported, true = float(trace.distance[i, head]), float(distance[pos.tolist().index(p), head])
+        assert abs(reported - true) <= session.margin * true + 1e-4, f"head {head} at {t}: distance {reported}, in truth {true}"
+    _check_reasons(session, result, i, rows, q_pre)
+
+
+def eligible_distance(
+    config: MacConfig, case: Case, rows: dict[str, torch.Tensor], q_pre: torch.Tensor, t: int, session: Session
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Exact distance [W, Hq] to every ring row, ``inf`` where it may not be matched, and the row tags [W]."""
+    pos = rows["pos"].long()
+    window = (pos >= 0) & (pos < t) & (pos > t - config.window)
+    allowed = window[:, None] & torch.isfinite(rows["lse2"])
+    if config.nominees is not None:
+        whole = allowed.view(len(pos), -1, case.group).all(-1)
+        allowed = allowed & _nominated(config.nominees, rows, q_pre, whole, session).repeat_interleave(case.group, 1)
+    distance = (rows["q_pre"].double() - q_pre).square().sum(-1).sqrt()
+    return torch.where(allowed, distance, torch.inf), pos
+
+
+def _nominated(
+    count: int, rows: dict[str, torch.Tensor], q_pre: torch.Tensor, allowed: torch.Tensor, session: Session
+) -> torch.Tensor:
+    """Rows [W, Hkv] among the nearest ``count`` by sketch, those level with the last one included."""
+    assert session.rings.sketch is not None
+    image = sketch_image(session.rings.sketch, q_pre)
+    scale = image.abs().amax(-1, keepdim=True) / 127
+    image = (image / scale).round() * scale
+    stored = rows["sketch"].double() * rows["sketch_scale"].double()[..., None]
+    distance = torch.where(allowed, (stored - image).square().sum(-1), torch.inf)
+    last = distance.sort(0).values[min(count, len(distance)) - 1]
+    return (distance <= last * (1 + session.margin)) & torch.isfinite(distance)
+
+
+def sketch_image(sketch: Sketch, q_pre: torch.Tensor) -> torch.Tensor:
+    """Signed sums [Hkv, K] of the coordinates that the pool's sketch picks from each group's queries [Hq, D], fp64."""
+    grouped = q_pre.double().reshape(-1, sketch.group_size * q_pre.shape[-1])
+    index, sign = sketch.index.cpu().long(), sketch.sign.cpu().double()
+    return torch.stack([(x[index] * sign).sum(0) for x in grouped])
+
+
+def check_sketch(codes: torch.Tensor, scale: torch.Tensor, image: torch.Tensor, what: str) -> None:
+    """Compare stored codes [Hkv, K] and scales [Hkv] with the image [Hkv, K]: within one code and a 16-bit rounding."""
+    largest = image.abs().amax(-1)
+    stored = codes.double() * scale.double()[:, None]
+    assert bool(((scale.double() * 127 - largest).abs() <= 0.01 * largest).all()), f"{what}: sketch scale {scale}"
+    assert bool(((stored - image).abs() <= (0.01 + 1 / 127) * largest[:, None]).all()), f"{what}: sketch codes are off"
+
+
+def _score(distance: torch.Tensor, case: Case, config: MacConfig) -> torch.Tensor:
+    if config.match_scope == "head":
+        return distance
+    worst = distance.view(len(distance), -1, case.group).amax(-1)
+    return worst.repeat_interleave(case.group, dim=1)
+
+
+def _best(distance: torch.Tensor, case: Case, config: MacConfig) -> torch.Tensor:
+    return _score(distance, case, config).amin(0)
+
+
+def _check_reasons(
+    session: Session, result: StepResult, i: int, rows: dict[str, torch.Tensor], q_pre: torch.Tensor
+) -> None:
+    """Recompute every cause from the matched rows; where one is too close to call, the group is passed over."""
+    config, case, trace, t = session.config, session.case, result.trace, result.positions[i]
+    request, matched = result.requests[i], result.trace.matched_pos[i]
+    root = math.sqrt(2 * case.head_dim)
+    tags = rows["pos"].tolist()
+    k, v = session.k[request], session.v[request]
+    bound = session.truth[request].weight_bound(t, result.q[i], k, v, matched)
+    for kv_head in range(case.kv_heads):
+        causes, close = set(), False
+        for head in range(kv_head * case.group, (kv_head + 1) * case.group):
+            found, own = int(matched[head]) >= 0, set()
+            if t < config.min_context:
+                own.add(Reason.SHORT_CONTEXT)
+            if not found:
+                own.add(Reason.NO_ROW)
+            else:
+                row = tags.index(int(matched[head]))
+                d = float((rows["q_pre"][row, head].double() - q_pre[head]).norm())
+                influence = float(bound[head]) * d / root
+                limits = [(d, root * (1 - config.threshold), Reason.DISTANCE)]
+                if config.influence is not None:
+                    limits.append((influence, config.influence, Reason.INFLUENCE))
+                for value, limit, cause in limits:
+                    close = close or abs(value - limit) <= session.margin * abs(limit)
+                    if not value < limit:
+                        own.add(cause)
+                if config.max_age is not None and t - int(rows["anchor"][row, kv_head]) > config.max_age:
+                    own.add(Reason.AGE)
+            causes |= own
+            if not close:
+                assert bool(trace.head_hit[i, head]) == (not own), f"head {head} at {t}: head_hit, but {own}"
+        if not close:
+            got, want = Reason(int(trace.reason[i, kv_head])), min(causes, default=Reason.HIT)
+            assert got == want, f"kv head {kv_head} of request {request} at {t}: {got.name}, should be {want.name}"
+        session.judged[0] += not close
+        session.judged[1] += close
+
+
+def check_ranges(config: MacConfig, case: Case, trace: StepTrace, i: int, t: int) -> None:
+    """``[0, F) + [F, E(p)) + [E(p), E(m)) + [E(m), m]`` is ``0..m``, and no more is read than that."""
+    stop = max(config.sinks, t + 1 - config.band)
+    assert int(trace.kv_len[i]) == t + 1, f"kv_len {int(trace.kv_len[i])} at position {t}"
+    assert int(trace.stop[i]) == stop, f"stop {int(trace.stop[i])} at {t}, should be {stop}"
+    hit = (trace.reason[i] == Reason.HIT).repeat_interleave(case.group)
+    reuse = hit if config.recompute_loaded_groups else trace.head_hit[i]
+    for head, reused in enumerate(reuse.tolist()):
+        p = int(trace.matched_pos[i, head])
+        start = max(config.sinks, p + 1 - config.band) if reused else config.sinks
+        assert int(trace.start[i, head]) == start, (
+            f"head {head} at {t} starts at {int(trace.start[i, head])}, should start at {start} (matched {p}, {reused=})"
+        )
+    lowest = trace.start[i].view(-1, case.group).amin(1)
+    read = [min(stop - int(first) + max(t + 1 - stop, 0) + config.sinks, t + 1) for first in lowest]
+    assert trace.kv_read[i].tolist() == read, f"kv_read {trace.kv_read[i].tolist()} at {t}, should be {read}"
