@@ -1,4 +1,4 @@
-"""The fused decode step: two launches, no host sync, fixed addresses, so that a CUDA graph can replay it."""
+"""The fused decode step: three launches, no host sync, fixed addresses, so that a CUDA graph can replay it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 import triton
 
 from .attend.triton import rest_kernel
+from .complete.triton import complete_kernel
 from .config import MacConfig
 from .match.accept import distance_cap
 from .match.triton import scout_kernel
@@ -23,10 +24,11 @@ _FIELDS = 8  # per kv group: low, high, position, ring, reuse, anchor, reason, h
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LaunchParams:
-    """Launch parameters of both kernels; the defaults are safe on every GPU that the backend supports.
+    """Launch parameters of the kernels; the defaults are safe on every GPU that the backend supports.
 
-    ``splits``: programs per kv group in the first launch; ``programs_per_sm``: of the second; ``block_n``: keys per
-    tile; ``num_warps``, ``num_stages``: as in Triton; ``block_rows``: ring rows per tile of the scan.
+    First launch: ``splits`` programs per kv group scan the ring, ``block_rows`` rows at a time, as many attend to band and
+    sinks, ``scout_block_n`` keys at a time. Second: ``programs_per_sm``, ``block_n`` keys per tile. Third: ``block_parts``
+    parts merged at once. Warps and stages as in Triton.
     """
 
     splits: int = 1
@@ -38,15 +40,17 @@ class LaunchParams:
     block_n: int = 64
     num_warps: int = 4
     num_stages: int = 3
+    block_parts: int = 16
+    complete_warps: int = 4
 
 
 def default_launch(num_groups: int, config: MacConfig, num_sms: int) -> LaunchParams:
     """Enough splits to give every SM two programs of the first launch, at least 32 band tokens each."""
     most = max(1, min(8, config.band // 32))
     splits = 1
-    while splits * 2 <= most and num_groups * splits * 2 <= 2 * num_sms:
+    while splits * 2 <= most and num_groups * splits * 4 <= 2 * num_sms:
         splits *= 2
-    per_split = -(-config.band // splits)
+    per_split = -(-(config.band + config.sinks) // splits)
     return LaunchParams(splits=splits, scout_block_n=max(16, min(64, triton.next_power_of_2(per_split))))
 
 
@@ -93,15 +97,17 @@ class FusedStep:
         def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
             return torch.empty(shape, dtype=dtype, device=device)
 
-        self._scan = empty(groups, config.window)
+        self._scan = empty(groups, config.window, dtype=torch.int32)
         self._always_out, self._always_lse = empty(groups, splits, group, dim), empty(groups, splits, group)
-        self._part_out, self._part_key = empty(2 * self.programs, group, dim), empty(2 * self.programs, group, dim)
-        self._part_lse = empty(2 * self.programs, group)
+        most_parts = self.programs + groups
+        self._part_out, self._part_key = empty(most_parts, group, dim), empty(most_parts, group, dim)
+        self._part_lse = empty(most_parts, group)
+        self._parts = empty(groups, 2, dtype=torch.int32)
         self._int = empty(groups, 3, group, dtype=torch.int32)
         self._float = empty(groups, 3, group)
         self._info = empty(groups, _FIELDS, dtype=torch.int32)
         # every group counts its arrivals and sets its counter back to zero, so one fill serves all runs
-        self._arrived = torch.zeros(2, groups, dtype=torch.int32, device=device)
+        self._arrived = torch.zeros(groups, dtype=torch.int32, device=device)
 
     def run(
         self,
@@ -114,30 +120,35 @@ class FusedStep:
         generations: torch.Tensor,
         out: torch.Tensor,
     ) -> None:
-        """Launch both kernels for ``q`` [B, Hq, D]; writes ``out`` and the ring rows."""
+        """Launch the kernels for ``q`` [B, Hq, D]; writes ``out`` and the ring rows."""
         config, layout, launch = self._config, self._layout, self.launch
         field = {name: tensor[layer] for name, tensor in rings.fields.items()}
         key = field["kbar"] if rings.correction else field["out"]
         sketch = rings.sketch
-        assert sketch is not None  # unsupported_reasons() refused pools without one
-        page_axis, head_axis = (1, 2) if kv.kv_layout == "NHD" else (2, 1)
+        assert sketch is not None  # check_fits() refused pools without one
+        token_axis, head_axis = (1, 2) if kv.kv_layout == "NHD" else (2, 1)
         k, v = kv.k_cache, kv.v_cache
-        kv_strides = (
-            k.stride(0), k.stride(page_axis), k.stride(head_axis),
-            v.stride(0), v.stride(page_axis), v.stride(head_axis),
-        )  # fmt: skip
+        strides = tuple(cache.stride(axis) for cache in (k, v) for axis in (0, token_axis, head_axis))
         dim, group = layout.head_dim, layout.group_size
         terms, sketch_dim = sketch.index.shape
         block_g = triton.next_power_of_2(group)
-        shared = {
-            "WINDOW": config.window,
-            "NUM_QO_HEADS": layout.num_qo_heads,
+        heads = {
             "NUM_KV_HEADS": layout.num_kv_heads,
             "GROUP": group,
-            "BLOCK_G": block_g,
-            "BLOCK_M": max(16, block_g),
             "HEAD_DIM": dim,
             "BLOCK_D": max(16, triton.next_power_of_2(dim)),
+            "PDL": self._pdl,
+            **({"launch_pdl": True} if self._pdl else {}),
+        }
+        attend = {
+            "BLOCK_M": max(16, block_g),
+            "SOFT_CAP": self._soft_cap > 0,
+            "PAGE_SIZE": kv.table.page_size,
+            "PRECISION": "ieee" if k.dtype == torch.float32 else "tf32",
+        }
+        ring = {
+            "WINDOW": config.window,
+            "NUM_QO_HEADS": layout.num_qo_heads,
             "ROTARY_DIM": self._rotary_dim,
             "INTERLEAVED": self._interleaved,
             "TERMS": terms,
@@ -145,40 +156,41 @@ class FusedStep:
             "BLOCK_T": triton.next_power_of_2(terms),
             "BLOCK_K": triton.next_power_of_2(sketch_dim),
             "SPLITS": launch.splits,
-            "SOFT_CAP": self._soft_cap > 0,
-            "PAGE_SIZE": kv.table.page_size,
-            "PRECISION": "ieee" if k.dtype == torch.float32 else "tf32",
+            "BLOCK_SPLITS": triton.next_power_of_2(launch.splits),
         }
-        pdl = {"PDL": True, "launch_pdl": True} if self._pdl else {"PDL": False}
         nominees = config.nominees or 1
         block_nominees = triton.next_power_of_2(nominees)
-        root = math.sqrt(2 * dim)
-        scout_kernel[(self._groups * launch.splits,)](
-            q, q.stride(0), q.stride(1), k, v, *kv_strides,
+        scout_kernel[(self._groups * 2 * launch.splits,)](
+            q, q.stride(0), q.stride(1), k, v, *strides,
             kv.table.indptr, kv.table.indices, kv.table.last_page_len,
             slots, generations, rings.slot_table, rings.ring_generation, rings.num_slots,
             field["q_pre"], key, field["lse2"], field["pos"], field["anchor"], field["sketch"], field["sketch_scale"],
             sketch.index, sketch.sign, self._cos_sin, rings.counters.values[layer],
-            self._scan, self._always_out, self._always_lse, self._arrived[0], self._int, self._float, self._info,
+            self._scan, self._always_out, self._always_lse, self._arrived, self._int, self._float, self._info,
             self._logit_scale, self._soft_cap, distance_cap(config, dim),
-            math.inf if config.influence is None else config.influence * root,
+            math.inf if config.influence is None else config.influence * math.sqrt(2 * dim),
             _INT32_MAX if config.max_age is None else config.max_age, config.min_context,
-            BAND=config.band, SINKS=config.sinks, BLOCK_W=triton.next_power_of_2(config.window),
+            BAND=config.band, SINKS=config.sinks, BLOCK_W=triton.next_power_of_2(config.window), BLOCK_G=block_g,
             BLOCK_R=launch.block_rows, NOMINEES=nominees, BLOCK_NOMINEES=block_nominees,
             NOMINEES_AT_ONCE=min(block_nominees, max(1, 64 // block_g)),
-            BLOCK_S=max(16, min(64, triton.next_power_of_2(max(config.sinks, 1)))),
             GROUP_SCOPE=config.match_scope == "group", CORRECTION=config.correction,
-            BLOCK_N=launch.scout_block_n, STAGES=launch.scout_stages, num_warps=launch.scout_warps, **shared, **pdl,
+            BLOCK_N=launch.scout_block_n, STAGES=launch.scout_stages, num_warps=launch.scout_warps,
+            **heads, **attend, **ring,
         )  # fmt: skip
         rest_kernel[(self.programs,)](
-            q, q.stride(0), q.stride(1), out, out.stride(0), out.stride(1), k, v, *kv_strides,
-            kv.table.indptr, kv.table.indices, self._int, self._float, self._info, self._arrived[1],
-            self._part_out, self._part_key, self._part_lse, self._always_out, self._always_lse,
-            field["q_pre"], field["out"], key, field["lse2"], field["pos"], field["anchor"],
-            field["sketch"], field["sketch_scale"], sketch.index, sketch.sign, self._cos_sin,
+            q, q.stride(0), q.stride(1), k, v, *strides, kv.table.indptr, kv.table.indices,
+            self._int, self._info, self._parts, self._part_out, self._part_key, self._part_lse,
             self._logit_scale, self._soft_cap, self._groups, self.programs,
             KBAR=rings.correction, BLOCK_N=launch.block_n, BLOCK_GROUPS=triton.next_power_of_2(self._groups),
-            STAGES=launch.num_stages, num_warps=launch.num_warps, **shared, **pdl,
+            STAGES=launch.num_stages, num_warps=launch.num_warps, **heads, **attend,
+        )  # fmt: skip
+        complete_kernel[(self._groups * group,)](
+            q, q.stride(0), q.stride(1), out, out.stride(0), out.stride(1),
+            self._int, self._float, self._info, self._parts, self._part_out, self._part_key, self._part_lse,
+            self._always_out, self._always_lse,
+            field["q_pre"], field["out"], key, field["lse2"], field["pos"], field["anchor"],
+            field["sketch"], field["sketch_scale"], sketch.index, sketch.sign, self._cos_sin,
+            BLOCK_P=launch.block_parts, KBAR=rings.correction, num_warps=launch.complete_warps, **heads, **ring,
         )  # fmt: skip
 
     def trace(self) -> StepTrace:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from .config import MacConfig, parse_config, read_config
+from .config import PRESETS, MacConfig, parse_config, read_config
 from .errors import ConfigError
 
 SourceKind = Literal["argument", "environment", "file", "preset"]
@@ -54,6 +54,11 @@ class ResolvedConfig:
     config: MacConfig
     sources: Mapping[str, Source]
     files: tuple[Path, ...]
+
+    @property
+    def name(self) -> str:
+        """The preset that has exactly these values, else ``"custom"``."""
+        return next((name for name, preset in PRESETS.items() if preset == self.config), "custom")
 
 
 @dataclass(frozen=True, slots=True)

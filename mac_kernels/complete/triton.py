@@ -1,9 +1,10 @@
-"""Complete on the GPU: merge the parts of one kv group, write its output and its ring row."""
+"""Complete on the GPU: merge the parts of every head, write the output and the ring row."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit
@@ -86,37 +87,22 @@ def sketch_image(
 
 
 @triton.jit
-def merge_weights(lse_a, lse_b):
-    """Weights of two disjoint states and the ``lse2`` of both; two empties give (0, 0, -inf)."""
-    top = tl.maximum(lse_a, lse_b)
-    safe = tl.where(top == float("-inf"), 0.0, top)
-    mass_a = tl.exp2(lse_a - safe)
-    mass_b = tl.exp2(lse_b - safe)
-    total = mass_a + mass_b
-    divisor = tl.where(total > 0, total, 1.0)
-    lse = tl.where(total > 0, tl.log2(divisor) + safe, float("-inf"))
-    return mass_a / divisor, mass_b / divisor, lse
-
-
-@triton.jit
-def complete_group(
-    group,
-    begin_tile,
-    total_tiles,
-    first_program,
-    last_program,
-    num_programs,
+def complete_kernel(
+    q_ptr,
+    stride_qb,
+    stride_qh,
+    out_ptr,
+    stride_ob,
+    stride_oh,
+    decision_int_ptr,
+    decision_float_ptr,
+    group_ptr,
+    parts_ptr,
     part_out_ptr,
     part_key_ptr,
     part_lse_ptr,
     always_out_ptr,
     always_lse_ptr,
-    decision_int_ptr,
-    decision_float_ptr,
-    q_ptr,
-    stride_qh,
-    out_ptr,
-    stride_oh,
     ring_q_ptr,
     ring_out_ptr,
     ring_key_ptr,
@@ -128,16 +114,10 @@ def complete_group(
     sketch_index_ptr,
     sketch_sign_ptr,
     cos_sin_ptr,
-    kv_head,
-    position,
-    ring,
-    reuse,
-    anchor,
     WINDOW: tl.constexpr,
     NUM_QO_HEADS: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
-    BLOCK_G: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     ROTARY_DIM: tl.constexpr,
@@ -147,77 +127,99 @@ def complete_group(
     BLOCK_T: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SPLITS: tl.constexpr,
+    BLOCK_SPLITS: tl.constexpr,
+    BLOCK_P: tl.constexpr,
     KBAR: tl.constexpr,
+    PDL: tl.constexpr,
 ):
-    """Merge the parts of ``group``, then write ``out`` and the ring row of ``position``.
-
-    The rest was computed by programs ``first_program .. last_program``; a program keeps its first group's part in slot
-    ``2 p`` and any later one in slot ``2 p + 1``.
-    """
-    head = tl.arange(0, BLOCK_G)
+    """Merge the parts of one query head, then write its output and its share of the ring row. Grid: ``(B * Hq,)``."""
+    pid = tl.program_id(0)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    group = pid // GROUP
+    head = pid % GROUP
+    request = group // NUM_KV_HEADS
+    kv_head = group % NUM_KV_HEADS
+    qo_head = kv_head * GROUP + head
+    position = tl.load(group_ptr + group * 8 + 2)
+    ring = tl.load(group_ptr + group * 8 + 3)
+    reuse = tl.load(group_ptr + group * 8 + 4) != 0
+    anchor = tl.load(group_ptr + group * 8 + 5)
+    first_part = tl.load(parts_ptr + group * 2)
+    num_parts = tl.load(parts_ptr + group * 2 + 1)
     offs_d = tl.arange(0, BLOCK_D)
-    mask_h = head < GROUP
-    mask = mask_h[:, None] & (offs_d < HEAD_DIM)[None, :]
+    mask_d = offs_d < HEAD_DIM
     other, cos, sin = rotation_at(cos_sin_ptr, position, offs_d, ROTARY_DIM, INTERLEAVED)
-    tile = head[:, None] * HEAD_DIM + offs_d[None, :]
-    tile_other = head[:, None] * HEAD_DIM + other[None, :]
 
     # the reused state comes first; it is empty on a miss
-    row = tl.load(decision_int_ptr + group * (3 * GROUP) + GROUP + head, mask=mask_h, other=0)
-    lse = tl.load(decision_float_ptr + group * (3 * GROUP) + head, mask=mask_h & reuse, other=float("-inf"))
-    qo_head = kv_head * GROUP + head
-    stored = (ring.to(tl.int64) * WINDOW + row) * NUM_QO_HEADS + qo_head
-    mask_reuse = mask & reuse
-    out = tl.load(ring_out_ptr + stored[:, None] * HEAD_DIM + offs_d[None, :], mask=mask_reuse, other=0.0).to(
-        tl.float32
-    )
-    key = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
+    row = tl.load(decision_int_ptr + group * (3 * GROUP) + GROUP + head)
+    lse = tl.load(decision_float_ptr + group * (3 * GROUP) + head, mask=reuse, other=float("-inf"))
+    stored = ((ring.to(tl.int64) * WINDOW + row) * NUM_QO_HEADS + qo_head) * HEAD_DIM
+    out = tl.load(ring_out_ptr + stored + offs_d, mask=mask_d & reuse, other=0.0).to(tl.float32)
+    key = tl.zeros([BLOCK_D], tl.float32)
     if KBAR:
-        key = tl.load(ring_key_ptr + stored[:, None] * HEAD_DIM + offs_d[None, :], mask=mask_reuse, other=0.0)
-        key = key.to(tl.float32)
+        key = tl.load(ring_key_ptr + stored + offs_d, mask=mask_d & reuse, other=0.0).to(tl.float32)
 
-    for program in range(first_program, last_program + 1):
-        # the group is the program's first one if the program's run of tiles begins inside it
-        run_begin = (total_tiles.to(tl.int64) * program // num_programs).to(tl.int32)
-        slot = tl.where(run_begin >= begin_tile, 2 * program, 2 * program + 1)
-        part_lse = tl.load(part_lse_ptr + slot * GROUP + head, mask=mask_h, other=float("-inf"), cache_modifier=".cg")
-        base = slot.to(tl.int64) * (GROUP * HEAD_DIM)
-        part = tl.load(part_out_ptr + base + tile, mask=mask, other=0.0, cache_modifier=".cg")
-        weight_a, weight_b, lse = merge_weights(lse, part_lse)
-        out = out * weight_a[:, None] + part * weight_b[:, None]
+    for first in range(0, num_parts, BLOCK_P):
+        index = first + tl.arange(0, BLOCK_P)
+        at = (first_part + index).to(tl.int64) * GROUP + head
+        present = index < num_parts
+        part_lse = tl.load(part_lse_ptr + at, mask=present, other=float("-inf"))
+        mask = present[:, None] & mask_d[None, :]
+        part = tl.load(part_out_ptr + at[:, None] * HEAD_DIM + offs_d[None, :], mask=mask, other=0.0)
+        top = tl.maximum(tl.max(part_lse, 0), lse)
+        top = tl.where(top == float("-inf"), 0.0, top)
+        weight = tl.exp2(part_lse - top)
+        own = tl.exp2(lse - top)
+        total = tl.sum(weight, 0) + own
+        divisor = tl.where(total > 0, total, 1.0)
+        out = (out * own + tl.sum(part * weight[:, None], 0)) / divisor
         if KBAR:
-            direct = tl.load(part_key_ptr + base + tile, mask=mask, other=0.0, cache_modifier=".cg")
-            crossed = tl.load(part_key_ptr + base + tile_other, mask=mask, other=0.0, cache_modifier=".cg")
+            # rotations are linear, so every part is pulled back to the pre-RoPE frame before it is merged
+            direct = tl.load(part_key_ptr + at[:, None] * HEAD_DIM + offs_d[None, :], mask=mask, other=0.0)
+            crossed = tl.load(part_key_ptr + at[:, None] * HEAD_DIM + other[None, :], mask=mask, other=0.0)
             pulled = direct * cos[None, :] + crossed * sin[None, :]
-            key = key * weight_a[:, None] + pulled * weight_b[:, None]
+            key = (key * own + tl.sum(pulled * weight[:, None], 0)) / divisor
+        lse = tl.where(total > 0, tl.log2(divisor) + top, float("-inf"))
 
     if ring >= 0:
-        slot_row = position % WINDOW
-        at_row = (ring.to(tl.int64) * WINDOW + slot_row) * NUM_QO_HEADS + kv_head * GROUP
-        q_pre = load_unrotated(
-            q_ptr, stride_qh, head[:, None], offs_d[None, :], mask, other[None, :], cos[None, :], sin[None, :]
-        )
-        tl.store(ring_q_ptr + at_row * HEAD_DIM + tile, q_pre.to(ring_q_ptr.dtype.element_ty), mask=mask)
-        tl.store(ring_out_ptr + at_row * HEAD_DIM + tile, out.to(ring_out_ptr.dtype.element_ty), mask=mask)
+        slot_row = ring.to(tl.int64) * WINDOW + position % WINDOW
+        at_head = slot_row * NUM_QO_HEADS + qo_head
+        q_row = q_ptr + request.to(tl.int64) * stride_qb + kv_head * GROUP * stride_qh
+        q_pre = load_unrotated(q_row, stride_qh, head, offs_d, mask_d, other, cos, sin)
+        at = at_head * HEAD_DIM + offs_d
+        tl.store(ring_q_ptr + at, q_pre.to(ring_q_ptr.dtype.element_ty), mask=mask_d)
+        tl.store(ring_out_ptr + at, out.to(ring_out_ptr.dtype.element_ty), mask=mask_d)
         if KBAR:
-            tl.store(ring_key_ptr + at_row * HEAD_DIM + tile, key.to(ring_key_ptr.dtype.element_ty), mask=mask)
-        tl.store(ring_lse_ptr + at_row + head, lse, mask=mask_h)
-        image = sketch_image(
-            q_ptr, stride_qh, cos_sin_ptr, position, sketch_index_ptr, sketch_sign_ptr,
-            HEAD_DIM, ROTARY_DIM, INTERLEAVED, TERMS, SKETCH_DIM, BLOCK_T, BLOCK_K,
-        )  # fmt: skip
-        codes, scale = quantize_image(image)
-        at_sketch = (ring.to(tl.int64) * WINDOW + slot_row) * NUM_KV_HEADS + kv_head
-        offs_k = tl.arange(0, BLOCK_K)
-        tl.store(ring_sketch_ptr + at_sketch * SKETCH_DIM + offs_k, codes.to(tl.int8), mask=offs_k < SKETCH_DIM)
-        tl.store(ring_scale_ptr + at_sketch, scale)
-        tl.store(ring_anchor_ptr + at_sketch, anchor)
-        tl.store(ring_pos_ptr + ring.to(tl.int64) * WINDOW + slot_row, position)
+            tl.store(ring_key_ptr + at, key.to(ring_key_ptr.dtype.element_ty), mask=mask_d)
+        tl.store(ring_lse_ptr + at_head, lse)
+        if head == 0:
+            image = sketch_image(
+                q_row, stride_qh, cos_sin_ptr, position, sketch_index_ptr, sketch_sign_ptr,
+                HEAD_DIM, ROTARY_DIM, INTERLEAVED, TERMS, SKETCH_DIM, BLOCK_T, BLOCK_K,
+            )  # fmt: skip
+            codes, scale = quantize_image(image)
+            at_group = slot_row * NUM_KV_HEADS + kv_head
+            offs_k = tl.arange(0, BLOCK_K)
+            tl.store(ring_sketch_ptr + at_group * SKETCH_DIM + offs_k, codes.to(tl.int8), mask=offs_k < SKETCH_DIM)
+            tl.store(ring_scale_ptr + at_group, scale)
+            tl.store(ring_anchor_ptr + at_group, anchor)
+            tl.store(ring_pos_ptr + slot_row, position)
 
-    for split in tl.static_range(SPLITS):
-        at = (group * SPLITS + split).to(tl.int64)
-        part_lse = tl.load(always_lse_ptr + at * GROUP + head, mask=mask_h, other=float("-inf"))
-        part = tl.load(always_out_ptr + at * (GROUP * HEAD_DIM) + tile, mask=mask, other=0.0)
-        weight_a, weight_b, lse = merge_weights(lse, part_lse)
-        out = out * weight_a[:, None] + part * weight_b[:, None]
-    tl.store(out_ptr + head[:, None] * stride_oh + offs_d[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)
+    split = tl.arange(0, BLOCK_SPLITS)
+    at = (group.to(tl.int64) * SPLITS + split) * GROUP + head
+    part_lse = tl.load(always_lse_ptr + at, mask=split < SPLITS, other=float("-inf"))
+    part = tl.load(
+        always_out_ptr + at[:, None] * HEAD_DIM + offs_d[None, :],
+        mask=(split < SPLITS)[:, None] & mask_d[None, :],
+        other=0.0,
+    )
+    top = tl.maximum(tl.max(part_lse, 0), lse)
+    top = tl.where(top == float("-inf"), 0.0, top)
+    weight = tl.exp2(part_lse - top)
+    own = tl.exp2(lse - top)
+    total = tl.sum(weight, 0) + own
+    out = (out * own + tl.sum(part * weight[:, None], 0)) / tl.where(total > 0, total, 1.0)
+    at = request.to(tl.int64) * stride_ob + qo_head * stride_oh + offs_d
+    tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=mask_d)

@@ -46,7 +46,8 @@ def find_match(q_pre: torch.Tensor, rows: RingRows, position: torch.Tensor, *, c
         if rows.sketch is None or rows.projection is None:
             raise InputError("nominees is set but the ring has no sketch; build it with the default sketch_dim")
         distance = (rows.sketch - dequantize(*rows.projection.of(q_pre))[:, None]).square().sum(-1)
-        nominated = _nominate(torch.where(allowed, distance, torch.inf), rows.pos, config.nominees)
+        lag = position[:, None] - rows.pos
+        nominated = _nominate(distance, allowed, lag, config)
         eligible = eligible & nominated.repeat_interleave(group, dim=2)
     distance = (rows.q_pre - q_pre[:, None]).square().sum(-1).sqrt()
     distance = torch.where(eligible, distance, torch.inf)
@@ -67,9 +68,16 @@ def _first_newest(distance: torch.Tensor, pos: torch.Tensor) -> torch.Tensor:
     return torch.where(tied, pos[:, :, None], -2).argmax(dim=1)
 
 
-def _nominate(distance: torch.Tensor, pos: torch.Tensor, count: int) -> torch.Tensor:
-    """The ``count`` rows of smallest sketch distance per kv group, [B, W, Hkv] bool; newest first among equals."""
-    newest = pos.argsort(dim=1, descending=True, stable=True)[:, :, None].expand_as(distance)
-    order = distance.gather(1, newest).argsort(dim=1, stable=True)[:, :count]
-    chosen = torch.zeros_like(distance, dtype=torch.bool).scatter_(1, newest.gather(1, order), True)
-    return chosen & torch.isfinite(distance)
+def _nominate(
+    distance: torch.Tensor, allowed: torch.Tensor, lag: torch.Tensor, config: MacConfig
+) -> torch.Tensor:
+    """The nominated rows per kv group, [B, W, Hkv] bool: smallest squared sketch distance, newest among equals.
+
+    Distances are compared to the bits that leave room for the lag in a 32-bit key, because the kernels sort such keys.
+    """
+    assert config.nominees is not None
+    room = 1 << (config.window - 1).bit_length()
+    key = distance.float().view(torch.int32) // room * room + lag[:, :, None].int()
+    key = torch.where(allowed, key, torch.iinfo(torch.int32).max)
+    nearest = key.topk(min(config.nominees, key.shape[1]), dim=1, largest=False).indices
+    return torch.zeros_like(allowed).scatter_(1, nearest, True) & allowed

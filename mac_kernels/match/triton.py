@@ -1,7 +1,8 @@
 """Match on the GPU: scan the ring through the sketch beside the band, then decide per kv group.
 
 Band and sinks are attended whatever is decided, so they share the launch with the scan; the last program of a group
-takes the exact distances of the nominated rows and applies the acceptance rule.
+takes the exact distances of the nominated rows and applies the acceptance rule. Loops are not unrolled where latency
+allows it: every program runs once through its code, and fetching instructions costs more than the loop.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ..attend.triton import attend_tiles
-from ..complete.triton import load_unrotated, merge_weights, quantize_image, rotation_at, sketch_image
+from ..complete.triton import load_unrotated, quantize_image, rotation_at, sketch_image
 
 # Reason codes of mac_kernels.types.Reason
 _HIT = tl.constexpr(0)
@@ -57,6 +58,7 @@ def scan_sketch(
     BAND: tl.constexpr,
     SINKS: tl.constexpr,
     WINDOW: tl.constexpr,
+    BLOCK_W: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     ROTARY_DIM: tl.constexpr,
@@ -68,7 +70,7 @@ def scan_sketch(
     BLOCK_R: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
-    """Squared sketch distance of this split's rows; ``inf`` for rows that are not eligible."""
+    """Keys of this split's rows: squared sketch distance, its last bits replaced by the lag; ``_NEVER`` if ineligible."""
     image = sketch_image(
         q_group, stride_qh, cos_sin_ptr, position, sketch_index_ptr, sketch_sign_ptr,
         HEAD_DIM, ROTARY_DIM, INTERLEAVED, TERMS, SKETCH_DIM, BLOCK_T, BLOCK_K,
@@ -88,15 +90,15 @@ def scan_sketch(
         stored = tl.load(ring_sketch_ptr + at[:, None] * SKETCH_DIM + offs_k[None, :], mask=mask, other=0)
         stored_scale = tl.load(ring_scale_ptr + at, mask=inside, other=0.0)
         gap = stored.to(tl.float32) * stored_scale[:, None] - query[None, :]
-        distance = tl.where(eligible, tl.sum(gap * gap, 1), float("inf"))
-        tl.store(scan_ptr + row, distance, mask=inside)
+        bits = tl.sum(gap * gap, 1).to(tl.int32, bitcast=True)  # ordered like the distances, which are >= 0
+        key = bits // BLOCK_W * BLOCK_W + (position - pos)
+        tl.store(scan_ptr + row, tl.where(eligible, key, _NEVER), mask=inside)
 
 
 @triton.jit
 def nominate(
     scan_ptr,
-    ring_pos_ptr,
-    ring,
+    position,
     WINDOW: tl.constexpr,
     BLOCK_W: tl.constexpr,
     NOMINEES: tl.constexpr,
@@ -104,16 +106,13 @@ def nominate(
 ):
     """Positions of the nearest rows by sketch, [BLOCK_NOMINEES] int32, -1 where there are fewer."""
     row = tl.arange(0, BLOCK_W)
-    inside = row < WINDOW
-    distance = tl.load(scan_ptr + row, mask=inside, other=float("inf"), cache_modifier=".cg")
-    pos = tl.load(ring_pos_ptr + ring.to(tl.int64) * WINDOW + row, mask=inside, other=0)
-    key = nearest_key(distance, pos)
+    key = tl.load(scan_ptr + row, mask=row < WINDOW, other=_NEVER, cache_modifier=".cg")
     slot = tl.arange(0, BLOCK_NOMINEES)
     nominated = tl.full([BLOCK_NOMINEES], -1, tl.int32)
-    for k in tl.static_range(NOMINEES):
+    for k in range(NOMINEES):
         best = tl.min(key, 0)
-        nominated = tl.where(slot == k, tl.where(best < _INFINITE_KEY, key_pos(best), -1), nominated)
-        key = tl.where(key == best, tl.full([BLOCK_W], _INFINITE_KEY, tl.int64), key)
+        nominated = tl.where(slot == k, tl.where(best == _NEVER, -1, position - best % BLOCK_W), nominated)
+        key = tl.where(key == best, _NEVER, key)
     return nominated
 
 
@@ -184,7 +183,7 @@ def scout_kernel(
     BLOCK_NOMINEES: tl.constexpr,
     NOMINEES_AT_ONCE: tl.constexpr,
     SPLITS: tl.constexpr,
-    BLOCK_S: tl.constexpr,
+    BLOCK_SPLITS: tl.constexpr,
     GROUP_SCOPE: tl.constexpr,
     CORRECTION: tl.constexpr,
     SOFT_CAP: tl.constexpr,
@@ -194,13 +193,13 @@ def scout_kernel(
     STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Grid: ``(B * Hkv * SPLITS,)``. Every split scans a part of the ring and attends to a part of the band."""
+    """Grid: ``(B * Hkv * 2 * SPLITS,)``: half of a group's programs scan the ring, half attend to the band and sinks."""
     pid = tl.program_id(0)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    group = pid // SPLITS
-    split = pid % SPLITS
+    group = pid // (2 * SPLITS)
+    split = pid % (2 * SPLITS)
     request = group // NUM_KV_HEADS
     kv_head = group % NUM_KV_HEADS
     first_page = tl.load(indptr_ptr + request)
@@ -208,6 +207,8 @@ def scout_kernel(
     kv_len = tl.where(pages > 0, (pages - 1) * PAGE_SIZE + tl.load(last_page_len_ptr + request), 0)
     position = kv_len - 1
     stop = tl.maximum(position + 1 - BAND, SINKS)
+    q_group = q_ptr + request.to(tl.int64) * stride_qb + kv_head * GROUP * stride_qh
+    scan = scan_ptr + group * WINDOW
 
     slot = tl.load(slots_ptr + request)
     known = (slot >= 0) & (slot < num_slots)
@@ -215,66 +216,47 @@ def scout_kernel(
     generation = tl.load(ring_generation_ptr + ring, mask=ring >= 0, other=-1)
     owned = (ring >= 0) & (generation == tl.load(generations_ptr + request))
     ring = tl.where(owned, ring, -1)
-    ring_or_0 = tl.maximum(ring, 0)
-
-    q_group = q_ptr + request.to(tl.int64) * stride_qb + kv_head * GROUP * stride_qh
-    scan = scan_ptr + group * WINDOW
     searched = owned & (position >= min_context)
-    if searched:
-        scan_sketch(
-            q_group, stride_qh, cos_sin_ptr, position, ring_or_0, kv_head, split,
-            ring_pos_ptr, ring_sketch_ptr, ring_scale_ptr, sketch_index_ptr, sketch_sign_ptr, scan,
-            BAND, SINKS, WINDOW, NUM_KV_HEADS, HEAD_DIM, ROTARY_DIM, INTERLEAVED,
-            TERMS, SKETCH_DIM, BLOCK_T, BLOCK_K, BLOCK_R, SPLITS,
-        )  # fmt: skip
 
-    # sinks (first split only) and this split's part of the band
-    head_m = tl.arange(0, BLOCK_M)
-    offs_d = tl.arange(0, BLOCK_D)
-    mask_m = (head_m < GROUP)[:, None] & (offs_d < HEAD_DIM)[None, :]
-    q = tl.load(q_group + head_m[:, None] * stride_qh + offs_d[None, :], mask=mask_m, other=0.0)
-    no_start = tl.zeros([BLOCK_M], tl.int32)
-    row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    row_sum = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    page_ptr = indices_ptr + first_page
-    k_group = k_ptr + kv_head.to(tl.int64) * stride_kh
-    v_group = v_ptr + kv_head.to(tl.int64) * stride_vh
-    row_max, row_sum, acc, _ = attend_tiles(
-        q, row_max, row_sum, acc, acc, no_start,
-        0, tl.where(split == 0, tl.minimum(SINKS, kv_len), 0),
-        k_group, v_group, page_ptr, stride_kp, stride_kt, stride_vp, stride_vt, logit_scale, soft_cap,
-        HEAD_DIM, BLOCK_D, BLOCK_S, PAGE_SIZE, SOFT_CAP, False, PRECISION, 1,
-    )  # fmt: skip
-    per_split: tl.constexpr = (BAND + SPLITS - 1) // SPLITS
-    low = stop + split * per_split
-    row_max, row_sum, acc, _ = attend_tiles(
-        q, row_max, row_sum, acc, acc, no_start,
-        low, tl.minimum(low + per_split, kv_len),
-        k_group, v_group, page_ptr, stride_kp, stride_kt, stride_vp, stride_vt, logit_scale, soft_cap,
-        HEAD_DIM, BLOCK_D, BLOCK_N, PAGE_SIZE, SOFT_CAP, False, PRECISION, STAGES,
-    )  # fmt: skip
-    divisor = tl.where(row_sum > 0, row_sum, 1.0)
-    at = (group * SPLITS + split).to(tl.int64)
-    tl.store(
-        always_out_ptr + at * (GROUP * HEAD_DIM) + head_m[:, None] * HEAD_DIM + offs_d[None, :],
-        acc / divisor[:, None],
-        mask=mask_m,
-    )
-    lse = tl.where(row_sum > 0, tl.log2(divisor) + row_max, float("-inf"))
-    tl.store(always_lse_ptr + at * GROUP + head_m, lse, mask=head_m < GROUP)
+    if split >= SPLITS:
+        if searched:
+            scan_sketch(
+                q_group, stride_qh, cos_sin_ptr, position, ring, kv_head, split - SPLITS,
+                ring_pos_ptr, ring_sketch_ptr, ring_scale_ptr, sketch_index_ptr, sketch_sign_ptr, scan,
+                BAND, SINKS, WINDOW, BLOCK_W, NUM_KV_HEADS, HEAD_DIM, ROTARY_DIM, INTERLEAVED,
+                TERMS, SKETCH_DIM, BLOCK_T, BLOCK_K, BLOCK_R, SPLITS,
+            )  # fmt: skip
+    else:
+        head_m = tl.arange(0, BLOCK_M)
+        offs_d = tl.arange(0, BLOCK_D)
+        mask_m = (head_m < GROUP)[:, None] & (offs_d < HEAD_DIM)[None, :]
+        q = tl.load(q_group + head_m[:, None] * stride_qh + offs_d[None, :], mask=mask_m, other=0.0)
+        # one range of entries: the sinks, then the band
+        entries = tl.minimum(SINKS, kv_len) + tl.maximum(kv_len - stop, 0)
+        per_split: tl.constexpr = (BAND + SINKS + SPLITS - 1) // SPLITS
+        out, lse, _ = attend_tiles(
+            q, tl.zeros([BLOCK_M], tl.int32),
+            split * per_split, tl.minimum((split + 1) * per_split, entries), SINKS, stop - SINKS,
+            k_ptr + kv_head.to(tl.int64) * stride_kh, v_ptr + kv_head.to(tl.int64) * stride_vh,
+            indices_ptr + first_page, stride_kp, stride_kt, stride_vp, stride_vt, logit_scale, soft_cap,
+            HEAD_DIM, BLOCK_M, BLOCK_D, BLOCK_N, PAGE_SIZE, SOFT_CAP, False, PRECISION, STAGES,
+        )  # fmt: skip
+        at = (group.to(tl.int64) * SPLITS + split) * GROUP
+        tl.store(always_out_ptr + (at + head_m[:, None]) * HEAD_DIM + offs_d[None, :], out, mask=mask_m)
+        tl.store(always_lse_ptr + at + head_m, lse, mask=head_m < GROUP)
 
     tl.debug_barrier()  # every thread's part is stored before one of them announces it
     before = tl.atomic_add(arrived_ptr + group, 1, sem="acq_rel")
-    if before == SPLITS - 1:
+    if before == 2 * SPLITS - 1:
         tl.store(arrived_ptr + group, 0)
         decide(
             group, kv_head, position, stop, kv_len, ring, searched, q_group, stride_qh,
-            ring_q_ptr, ring_key_ptr, ring_lse_ptr, ring_pos_ptr, ring_anchor_ptr, cos_sin_ptr, counters_ptr,
+            ring_q_ptr, ring_key_ptr, ring_lse_ptr, ring_anchor_ptr, cos_sin_ptr, counters_ptr,
             scan, always_lse_ptr, decision_int_ptr, decision_float_ptr, group_ptr,
             logit_scale, cap, influence, max_age, min_context,
             BAND, SINKS, WINDOW, BLOCK_W, NUM_QO_HEADS, NUM_KV_HEADS, GROUP, BLOCK_G, HEAD_DIM, BLOCK_D,
-            ROTARY_DIM, INTERLEAVED, NOMINEES, BLOCK_NOMINEES, NOMINEES_AT_ONCE, SPLITS, GROUP_SCOPE, CORRECTION,
+            ROTARY_DIM, INTERLEAVED, NOMINEES, BLOCK_NOMINEES, NOMINEES_AT_ONCE, SPLITS, BLOCK_SPLITS,
+            GROUP_SCOPE, CORRECTION,
         )  # fmt: skip
 
 
@@ -292,7 +274,6 @@ def decide(
     ring_q_ptr,
     ring_key_ptr,
     ring_lse_ptr,
-    ring_pos_ptr,
     ring_anchor_ptr,
     cos_sin_ptr,
     counters_ptr,
@@ -322,6 +303,7 @@ def decide(
     BLOCK_NOMINEES: tl.constexpr,
     NOMINEES_AT_ONCE: tl.constexpr,
     SPLITS: tl.constexpr,
+    BLOCK_SPLITS: tl.constexpr,
     GROUP_SCOPE: tl.constexpr,
     CORRECTION: tl.constexpr,
 ):
@@ -345,9 +327,9 @@ def decide(
         )
         infinite = tl.full([BLOCK_G], _INFINITE_KEY, tl.int64)
         best = infinite
-        nominated = nominate(scan_ptr, ring_pos_ptr, ring, WINDOW, BLOCK_W, NOMINEES, BLOCK_NOMINEES)
+        nominated = nominate(scan_ptr, position, WINDOW, BLOCK_W, NOMINEES, BLOCK_NOMINEES)
         slot = tl.arange(0, BLOCK_NOMINEES)
-        for first in tl.static_range(0, BLOCK_NOMINEES, NOMINEES_AT_ONCE):
+        for first in range(0, BLOCK_NOMINEES, NOMINEES_AT_ONCE):
             index = first + tl.arange(0, NOMINEES_AT_ONCE)
             pick = slot[None, :] == index[:, None]
             rows_pos = tl.sum(tl.where(pick, nominated[None, :], 0), 1)
@@ -383,12 +365,19 @@ def decide(
         row = tl.where(found, pos % WINDOW, 0)
         anchor = tl.load(ring_anchor_ptr + (ring_row + row) * NUM_KV_HEADS + kv_head, mask=found, other=-1)
 
-    always = tl.full([BLOCK_G], float("-inf"), tl.float32)
-    for split in tl.static_range(SPLITS):
-        at_split = (group * SPLITS + split).to(tl.int64) * GROUP
-        part = tl.load(always_lse_ptr + at_split + head, mask=mask_h, other=float("-inf"), cache_modifier=".cg")
-        _, _, always = merge_weights(always, part)
-    weight_bound, _, _ = merge_weights(lse, always)
+    split = tl.arange(0, BLOCK_SPLITS)[:, None]
+    parts = tl.load(
+        always_lse_ptr + (group.to(tl.int64) * SPLITS + split) * GROUP + head[None, :],
+        mask=(split < SPLITS) & mask_h[None, :],
+        other=float("-inf"),
+        cache_modifier=".cg",
+    )
+    # the weight that the reused state would get if there were no rest
+    top = tl.maximum(tl.max(parts, 0), lse)
+    top = tl.where(top == float("-inf"), 0.0, top)
+    own = tl.exp2(lse - top)
+    total = tl.sum(tl.exp2(parts - top[None, :]), 0) + own
+    weight_bound = own / tl.where(total > 0, total, 1.0)
 
     reason = tl.where(pos < 0, _NO_ROW, _HIT)
     reason = tl.where((reason == _HIT) & (distance >= cap), _DISTANCE, reason)

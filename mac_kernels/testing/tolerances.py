@@ -62,6 +62,74 @@ def floor_error(stage: Stage, dtype: torch.dtype, ref: torch.Tensor) -> float:
     return TOLERANCES[stage, dtype].ulps * torch.finfo(dtype).eps * scale
 
 
+@dataclass(slots=True)
+class _Worst:
+    error: float = 0.0
+    plain: float = 0.0
+    floor: float = 0.0
+    where: str = ""
+
+
+class Ledger:
+    """Largest errors per (stage, dtype) over many tensors, judged together.
+
+    Rounding errors are random, so a handful of values says little about how large the plain error can be; over a whole
+    chain the largest one does.
+    """
+
+    def __init__(self) -> None:
+        self._worst: dict[tuple[Stage, torch.dtype], _Worst] = {}
+
+    def record(
+        self,
+        stage: Stage,
+        fast: torch.Tensor,
+        plain: torch.Tensor,
+        ref: torch.Tensor,
+        *,
+        dtype: torch.dtype,
+        what: str = "",
+    ) -> None:
+        """Take one tensor into account; arguments as for :func:`assert_close`.
+
+        Raises
+        ------
+        AssertionError
+            If anything is NaN or infinite that should not be.
+        """
+        worst = self._worst.setdefault((stage, dtype), _Worst())
+        error = max_error(fast, ref)
+        if error == float("inf"):
+            raise AssertionError(f"{what or 'tensor'}: {stage} is NaN or infinite where it should not be: {fast}")
+        if error >= worst.error:
+            worst.error, worst.where = error, what
+        worst.plain = max(worst.plain, max_error(plain, ref))
+        worst.floor = max(worst.floor, floor_error(stage, dtype, ref))
+
+    def verify(self) -> float:
+        """Assert the rule for every stage, print the measured errors and return the largest share of what is allowed.
+
+        Raises
+        ------
+        AssertionError
+            If the error of any stage is larger than allowed.
+        """
+        shares, problems = [0.0], []
+        for (stage, dtype), worst in self._worst.items():
+            allowed = 2 * worst.plain + worst.floor
+            shares.append(worst.error / allowed)
+            line = (
+                f"{stage} {str(dtype).removeprefix('torch.')}: error {worst.error:.3g}, plain torch {worst.plain:.3g}, "
+                f"floor {worst.floor:.3g}, {worst.error / allowed:.2f} of what is allowed"
+            )
+            print(line)
+            if not worst.error <= allowed:
+                problems.append(f"{line}; worst at {worst.where or 'the tensor'} ({TOLERANCES[stage, dtype].reason})")
+        if problems:
+            raise AssertionError("\n".join(problems))
+        return max(shares)
+
+
 def assert_close(
     stage: Stage,
     fast: torch.Tensor,
@@ -82,22 +150,13 @@ def assert_close(
     dtype : torch.dtype
         In which the stage stores its result.
     what : str, optional
-        Opens the message, e.g. ``"step 41, request 2"``.
+        Where this is, e.g. ``"step 41, request 2"``.
 
     Raises
     ------
     AssertionError
         If the error is larger than allowed, or anything is NaN.
     """
-    floor = floor_error(stage, dtype, ref)
-    error, plain_error = max_error(fast, ref), max_error(plain, ref)
-    allowed = 2 * plain_error + floor
-    name = str(dtype).removeprefix("torch.")
-    line = (
-        f"{what}{': ' if what else ''}{stage} {name}: error {error:.3g}, plain torch {plain_error:.3g}, "
-        f"floor {floor:.3g}, {error / allowed:.2f} of what is allowed"
-    )
-    print(line)
-    if not error <= allowed:
-        raise AssertionError(f"{line} ({TOLERANCES[stage, dtype].reason})")
-    return error / allowed
+    ledger = Ledger()
+    ledger.record(stage, fast, plain, ref, dtype=dtype, what=what)
+    return ledger.verify()

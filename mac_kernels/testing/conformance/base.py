@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import pytest
@@ -37,6 +37,14 @@ class Kit:
     capturable: ClassVar[bool] = False
     """Whether ``run()`` can be captured in a CUDA graph; the replay test then captures, otherwise it calls again."""
 
+    @pytest.fixture(autouse=True)
+    def _errors_are_judged(self) -> Iterator[None]:
+        """Judge the errors of every session of a test when it ends."""
+        self._sessions: list[Session] = []
+        yield
+        for session in self._sessions:
+            session.ledger.verify()
+
     def make_wrapper(self, kv_layout: str) -> Any:
         """The wrapper under test; override to pass what the backend needs."""
         return BatchMacDecodeWithPagedKVCacheWrapper(kv_layout, backend=self.backend)  # type: ignore[arg-type]
@@ -61,7 +69,7 @@ class Kit:
 
     def session(self, case: Case | None = None, *, config: MacConfig | None = None, **options: Any) -> Session:
         """A session of this backend, by default of the first case, the first rule and the first dtype."""
-        return Session(
+        session = Session(
             self.make_wrapper,
             self.cases[0] if case is None else case,
             next(iter(self.rules.values())) if config is None else config,
@@ -69,6 +77,8 @@ class Kit:
             fill=self.fill_rings,
             **{"dtype": self.dtypes[0], **options},
         )
+        self._sessions.append(session)
+        return session
 
     @classmethod
     def pytest_generate_tests(cls, metafunc: pytest.Metafunc) -> None:

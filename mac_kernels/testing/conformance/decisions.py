@@ -29,41 +29,52 @@ def check_decisions(session: Session, result: StepResult, i: int, rows: dict[str
         by_group = matched.view(-1, case.group)
         assert bool((by_group == by_group[:, :1]).all()), f"heads of one group matched different rows at {t}: {by_group}"
     q_pre = session.truth[result.requests[i]].q_pre(result.q[i], t)
-    distance, pos = eligible_distance(config, case, rows, q_pre, t, session)
-    best = _best(distance, case, config)
-    for head in range(distance.shape[1]):
-        p = int(matched[head])
-        if not math.isfinite(float(best[head])):
-            assert p == -1, f"head {head} at {t} matched {p}, but no row is eligible"
+    distance, sure, pos = eligible_distance(config, case, rows, q_pre, t, session)
+    score, best = _score(distance, case, config), _score(distance.masked_fill(~sure, math.inf), case, config).amin(0)
+    tags = pos.tolist()
+    for head, p in enumerate(matched.tolist()):
+        if p < 0:
+            assert math.isinf(float(best[head])), f"head {head} at {t} matched nothing, but a row is eligible"
             continue
-        assert p in pos.tolist(), f"head {head} at {t} matched {p}, which no row is tagged with"
-        own = float(_score(distance, case, config)[pos.tolist().index(p), head])
-        assert own <= float(best[head]) * (1 + session.margin) + 1e-5, (
-            f"head {head} at {t} matched {p} at distance {own:.6g}, the nearest eligible row is at {float(best[head]):.6g}"
+        assert p in tags, f"head {head} at {t} matched {p}, which no row is tagged with"
+        own, nearest = float(score[tags.index(p), head]), float(best[head])
+        assert math.isfinite(own), f"head {head} at {t} matched {p}, which is not eligible"
+        assert own <= nearest * (1 + session.margin) + 1e-5, (
+            f"head {head} at {t} matched {p} at distance {own:.6g}, the nearest eligible row is at {nearest:.6g}"
         )
-        reported, true = float(trace.distance[i, head]), float(distance[pos.tolist().index(p), head])
-        assert abs(reported - true) <= session.margin * true + 1e-4, f"head {head} at {t}: distance {reported}, in truth {true}"
+        reported, true = float(trace.distance[i, head]), float(distance[tags.index(p), head])
+        assert abs(reported - true) <= session.margin * true + 1e-4, f"head {head} at {t}: {reported}, in truth {true}"
     _check_reasons(session, result, i, rows, q_pre)
 
 
 def eligible_distance(
     config: MacConfig, case: Case, rows: dict[str, torch.Tensor], q_pre: torch.Tensor, t: int, session: Session
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Exact distance [W, Hq] to every ring row, ``inf`` where it may not be matched, and the row tags [W]."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Exact distance [W, Hq] to every row that may be matched (else ``inf``), which of them surely may, and tags [W]."""
     pos = rows["pos"].long()
     window = (pos >= 0) & (pos < t) & (pos > t - config.window)
     allowed = window[:, None] & torch.isfinite(rows["lse2"])
+    sure = allowed
     if config.nominees is not None:
         whole = allowed.view(len(pos), -1, case.group).all(-1)
-        allowed = allowed & _nominated(config.nominees, rows, q_pre, whole, session).repeat_interleave(case.group, 1)
+        maybe, surely = (
+            allowed & _nominated(config.nominees, rows, q_pre, whole, session, slack).repeat_interleave(case.group, 1)
+            for slack in (session.margin, -session.margin)
+        )
+        allowed, sure = maybe, surely
     distance = (rows["q_pre"].double() - q_pre).square().sum(-1).sqrt()
-    return torch.where(allowed, distance, torch.inf), pos
+    return torch.where(allowed, distance, torch.inf), sure, pos
 
 
 def _nominated(
-    count: int, rows: dict[str, torch.Tensor], q_pre: torch.Tensor, allowed: torch.Tensor, session: Session
+    count: int,
+    rows: dict[str, torch.Tensor],
+    q_pre: torch.Tensor,
+    allowed: torch.Tensor,
+    session: Session,
+    slack: float,
 ) -> torch.Tensor:
-    """Rows [W, Hkv] among the nearest ``count`` by sketch, those level with the last one included."""
+    """Rows [W, Hkv] whose sketch distance is within that of the ``count``-th nearest, give or take ``slack``."""
     assert session.rings.sketch is not None
     image = sketch_image(session.rings.sketch, q_pre)
     scale = image.abs().amax(-1, keepdim=True) / 127
@@ -71,7 +82,7 @@ def _nominated(
     stored = rows["sketch"].double() * rows["sketch_scale"].double()[..., None]
     distance = torch.where(allowed, (stored - image).square().sum(-1), torch.inf)
     last = distance.sort(0).values[min(count, len(distance)) - 1]
-    return (distance <= last * (1 + session.margin)) & torch.isfinite(distance)
+    return (distance <= last * (1 + slack)) & torch.isfinite(distance)
 
 
 def sketch_image(sketch: Sketch, q_pre: torch.Tensor) -> torch.Tensor:
@@ -94,10 +105,6 @@ def _score(distance: torch.Tensor, case: Case, config: MacConfig) -> torch.Tenso
         return distance
     worst = distance.view(len(distance), -1, case.group).amax(-1)
     return worst.repeat_interleave(case.group, dim=1)
-
-
-def _best(distance: torch.Tensor, case: Case, config: MacConfig) -> torch.Tensor:
-    return _score(distance, case, config).amin(0)
 
 
 def _check_reasons(

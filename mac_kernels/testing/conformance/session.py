@@ -17,7 +17,7 @@ from ...rope import Rope
 from ...paged import PageTable
 from ...types import Reason, StepTrace
 from ..scenario import PagedStore, poison_rings
-from ..tolerances import assert_close
+from ..tolerances import Ledger
 from .cases import Case
 from .decisions import check_decisions, check_ranges, check_sketch, sketch_image
 from .oracle import ChainOracle
@@ -51,7 +51,7 @@ class Session:
     """A few requests in one layer, decoded together or apart, each with its fp64 and its plain oracle.
 
     ``judged`` counts the groups whose decision was checked and those too close to call (``margin``, relative); ``hits`` the
-    reused groups and all. Every cache token beyond the lengths, every ring row without a tag and every output buffer starts as NaN.
+    reused groups and all; ``ledger`` holds the errors of rows and outputs. Every cache token beyond the lengths, every ring row without a tag and every output buffer starts as NaN.
 
     Parameters
     ----------
@@ -126,6 +126,7 @@ class Session:
         self.layer = 1
         self.margin = 2e-3 if dtype == self.row_dtype == torch.float32 else 2e-2
         self.capacity = capacity
+        self.ledger = Ledger()
         self.judged, self.hits = [0, 0], [0, 0]
         self.lengths = [0] * batch
         self.slots, self.generations = list(range(1, batch + 1)), [7] * batch
@@ -345,7 +346,7 @@ class Session:
                 self.check_row(request, t)
         truth, plain = (torch.stack(states) for states in zip(*outputs, strict=True))
         what = f"output at {result.positions} of requests {result.requests}"
-        assert_close("output", result.out, plain, truth, dtype=self.dtype, what=what)
+        self.ledger.record("output", result.out, plain, truth, dtype=self.dtype, what=what)
         self._check_untouched(before, result, ring_of)
 
     def _replay(self, result: StepResult, i: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -361,7 +362,7 @@ class Session:
         return truth, plain
 
     def check_row(self, request: int, t: int) -> None:
-        """Compare the ring row of position ``t`` with the oracle's."""
+        """Compare the ring row of position ``t`` with the oracle's; its errors go into ``ledger``."""
         ring = int(self.rings.slot_table[self.slots[request]])
         row = {name: field[self.layer, ring, t % self.config.window].cpu() for name, field in self.rings.fields.items()}
         truth, plain = self.truth[request].rows[t], self.plain[request].rows[t]
@@ -369,11 +370,11 @@ class Session:
         if int(row["pos"]) == -1 and bool(torch.isneginf(truth.lse2).all()):
             return  # an empty row may be left untagged: neither is ever matched
         assert int(row["pos"]) == t, f"{what} is tagged {int(row['pos'])}"
-        assert_close("lse2", row["lse2"], plain.lse2, truth.lse2, dtype=torch.float32, what=what)
-        assert_close("query", row["q_pre"], plain.q_pre, truth.q_pre, dtype=self.row_dtype, what=what)
-        assert_close("state", row["out"], plain.out, truth.out, dtype=self.row_dtype, what=what)
+        self.ledger.record("lse2", row["lse2"], plain.lse2, truth.lse2, dtype=torch.float32, what=what)
+        self.ledger.record("query", row["q_pre"], plain.q_pre, truth.q_pre, dtype=self.row_dtype, what=what)
+        self.ledger.record("state", row["out"], plain.out, truth.out, dtype=self.row_dtype, what=what)
         if self.config.correction and not self.soft_cap:
-            assert_close("kbar", row["kbar"], plain.kbar, truth.kbar, dtype=self.row_dtype, what=what)
+            self.ledger.record("kbar", row["kbar"], plain.kbar, truth.kbar, dtype=self.row_dtype, what=what)
         if self.rings.sketch is not None:
             check_sketch(row["sketch"], row["sketch_scale"], sketch_image(self.rings.sketch, truth.q_pre), what)
         assert torch.equal(row["anchor"].long(), truth.anchor), f"{what}: anchor {row['anchor']}, not {truth.anchor}"
