@@ -1,4 +1,4 @@
-"""The fused decode step: three launches, no host sync, fixed addresses, so that a CUDA graph can replay it."""
+"""The fused decode step: four launches, no host sync, fixed addresses, so that a CUDA graph can replay it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .attend.triton import rest_kernel
 from .complete.triton import complete_kernel
 from .config import MacConfig
 from .match.accept import distance_cap
-from .match.triton import scout_kernel
+from .match.triton import decide_kernel, scout_kernel
 from .paged import PagedKV, PageTable
 from .ring import RingPool
 from .rope import Rope
@@ -26,9 +26,9 @@ _FIELDS = 8  # per kv group: low, high, position, ring, reuse, anchor, reason, h
 class LaunchParams:
     """Launch parameters of the kernels; the defaults are safe on every GPU that the backend supports.
 
-    First launch: ``splits`` programs per kv group scan the ring, ``block_rows`` rows at a time, as many attend to band and
-    sinks, ``scout_block_n`` keys at a time. Second: ``programs_per_sm``, ``block_n`` keys per tile. Third: ``block_parts``
-    parts merged at once. Warps and stages as in Triton.
+    Scout: ``splits`` programs per kv group scan the ring, ``block_rows`` rows at a time, as many attend to band and sinks,
+    ``scout_block_n`` keys at a time. Decide: one program per kv group. Rest: ``programs_per_sm``, ``block_n`` keys per
+    tile. Complete: ``block_parts`` parts merged at once. Warps and stages as in Triton.
     """
 
     splits: int = 1
@@ -36,6 +36,7 @@ class LaunchParams:
     scout_warps: int = 4
     scout_stages: int = 2
     block_rows: int = 64
+    decide_warps: int = 4
     programs_per_sm: int = 2
     block_n: int = 64
     num_warps: int = 4
@@ -106,8 +107,6 @@ class FusedStep:
         self._int = empty(groups, 3, group, dtype=torch.int32)
         self._float = empty(groups, 3, group)
         self._info = empty(groups, _FIELDS, dtype=torch.int32)
-        # every group counts its arrivals and sets its counter back to zero, so one fill serves all runs
-        self._arrived = torch.zeros(groups, dtype=torch.int32, device=device)
 
     def run(
         self,
@@ -146,36 +145,40 @@ class FusedStep:
             "PAGE_SIZE": kv.table.page_size,
             "PRECISION": "ieee" if k.dtype == torch.float32 else "tf32",
         }
-        ring = {
-            "WINDOW": config.window,
-            "NUM_QO_HEADS": layout.num_qo_heads,
-            "ROTARY_DIM": self._rotary_dim,
-            "INTERLEAVED": self._interleaved,
-            "TERMS": terms,
-            "SKETCH_DIM": sketch_dim,
-            "BLOCK_T": triton.next_power_of_2(terms),
-            "BLOCK_K": triton.next_power_of_2(sketch_dim),
-            "SPLITS": launch.splits,
-            "BLOCK_SPLITS": triton.next_power_of_2(launch.splits),
+        rotation = {"ROTARY_DIM": self._rotary_dim, "INTERLEAVED": self._interleaved}
+        ring = {"WINDOW": config.window, "SPLITS": launch.splits}
+        ranges = {
+            "BAND": config.band,
+            "SINKS": config.sinks,
+            "BLOCK_W": triton.next_power_of_2(config.window),
+            "BLOCK_G": block_g,
         }
+        owner = (slots, generations, rings.slot_table, rings.ring_generation, rings.num_slots)
+        block_splits = triton.next_power_of_2(launch.splits)
         nominees = config.nominees or 1
         block_nominees = triton.next_power_of_2(nominees)
         scout_kernel[(self._groups * 2 * launch.splits,)](
             q, q.stride(0), q.stride(1), k, v, *strides,
-            kv.table.indptr, kv.table.indices, kv.table.last_page_len,
-            slots, generations, rings.slot_table, rings.ring_generation, rings.num_slots,
-            field["q_pre"], key, field["lse2"], field["pos"], field["anchor"], field["sketch"], field["sketch_scale"],
-            sketch.index, sketch.sign, self._cos_sin, rings.counters.values[layer],
-            self._scan, self._always_out, self._always_lse, self._arrived, self._int, self._float, self._info,
-            self._logit_scale, self._soft_cap, distance_cap(config, dim),
+            kv.table.indptr, kv.table.indices, kv.table.last_page_len, *owner,
+            field["q_pre"], field["pos"], field["sketch"], field["sketch_scale"],
+            sketch.index, sketch.sign, self._cos_sin, self._scan, self._always_out, self._always_lse,
+            self._logit_scale, self._soft_cap,
+            TERMS=terms, SKETCH_DIM=sketch_dim,
+            BLOCK_T=triton.next_power_of_2(terms), BLOCK_K=triton.next_power_of_2(sketch_dim),
+            BLOCK_R=launch.block_rows, BLOCK_N=launch.scout_block_n, STAGES=launch.scout_stages,
+            num_warps=launch.scout_warps, **heads, **attend, **ring, **ranges, **rotation,
+        )  # fmt: skip
+        decide_kernel[(self._groups,)](
+            q, q.stride(0), q.stride(1), kv.table.indptr, kv.table.last_page_len, *owner,
+            field["q_pre"], key, field["lse2"], field["anchor"], self._cos_sin, rings.counters.values[layer],
+            self._scan, self._always_lse, self._int, self._float, self._info,
+            self._logit_scale, distance_cap(config, dim),
             math.inf if config.influence is None else config.influence * math.sqrt(2 * dim),
             _INT32_MAX if config.max_age is None else config.max_age, config.min_context,
-            BAND=config.band, SINKS=config.sinks, BLOCK_W=triton.next_power_of_2(config.window), BLOCK_G=block_g,
-            BLOCK_R=launch.block_rows, NOMINEES=nominees, BLOCK_NOMINEES=block_nominees,
-            NOMINEES_AT_ONCE=min(block_nominees, max(1, 64 // block_g)),
-            GROUP_SCOPE=config.match_scope == "group", CORRECTION=config.correction,
-            BLOCK_N=launch.scout_block_n, STAGES=launch.scout_stages, num_warps=launch.scout_warps,
-            **heads, **attend, **ring,
+            NUM_QO_HEADS=layout.num_qo_heads, NOMINEES=nominees, BLOCK_NOMINEES=block_nominees,
+            NOMINEES_AT_ONCE=min(block_nominees, max(1, 64 // block_g)), BLOCK_SPLITS=block_splits,
+            GROUP_SCOPE=config.match_scope == "group", CORRECTION=config.correction, PAGE_SIZE=kv.table.page_size,
+            num_warps=launch.decide_warps, **heads, **ring, **ranges, **rotation,
         )  # fmt: skip
         rest_kernel[(self.programs,)](
             q, q.stride(0), q.stride(1), k, v, *strides, kv.table.indptr, kv.table.indices,
@@ -185,12 +188,11 @@ class FusedStep:
             STAGES=launch.num_stages, num_warps=launch.num_warps, **heads, **attend,
         )  # fmt: skip
         complete_kernel[(self._groups * group,)](
-            q, q.stride(0), q.stride(1), out, out.stride(0), out.stride(1),
-            self._int, self._float, self._info, self._parts, self._part_out, self._part_key, self._part_lse,
-            self._always_out, self._always_lse,
-            field["q_pre"], field["out"], key, field["lse2"], field["pos"], field["anchor"],
-            field["sketch"], field["sketch_scale"], sketch.index, sketch.sign, self._cos_sin,
-            BLOCK_P=launch.block_parts, KBAR=rings.correction, num_warps=launch.complete_warps, **heads, **ring,
+            out, out.stride(0), out.stride(1), self._int, self._float, self._info, self._parts,
+            self._part_out, self._part_key, self._part_lse, self._always_out, self._always_lse,
+            field["out"], key, field["lse2"], field["pos"], field["anchor"], self._cos_sin,
+            NUM_QO_HEADS=layout.num_qo_heads, BLOCK_SPLITS=block_splits, BLOCK_P=launch.block_parts,
+            KBAR=rings.correction, num_warps=launch.complete_warps, **heads, **ring, **rotation,
         )  # fmt: skip
 
     def trace(self) -> StepTrace:

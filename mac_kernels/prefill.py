@@ -117,7 +117,7 @@ def _states(
         grouped = x.view(kv_heads, count, heads // kv_heads, *x.shape[2:])
         return grouped.transpose(0, 1).reshape(count, heads, *x.shape[2:])
 
-    return AttnState(*(None if x is None else by_query(x) for x in state))
+    return AttnState(by_query(state.out), by_query(state.lse2), None if state.kbar is None else by_query(state.kbar))
 
 
 def _check_queries(q: torch.Tensor, qo_indptr: torch.Tensor, kv: PagedKV) -> None:

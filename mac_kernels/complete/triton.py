@@ -88,9 +88,6 @@ def sketch_image(
 
 @triton.jit
 def complete_kernel(
-    q_ptr,
-    stride_qb,
-    stride_qh,
     out_ptr,
     stride_ob,
     stride_oh,
@@ -103,16 +100,11 @@ def complete_kernel(
     part_lse_ptr,
     always_out_ptr,
     always_lse_ptr,
-    ring_q_ptr,
     ring_out_ptr,
     ring_key_ptr,
     ring_lse_ptr,
     ring_pos_ptr,
     ring_anchor_ptr,
-    ring_sketch_ptr,
-    ring_scale_ptr,
-    sketch_index_ptr,
-    sketch_sign_ptr,
     cos_sin_ptr,
     WINDOW: tl.constexpr,
     NUM_QO_HEADS: tl.constexpr,
@@ -122,21 +114,17 @@ def complete_kernel(
     BLOCK_D: tl.constexpr,
     ROTARY_DIM: tl.constexpr,
     INTERLEAVED: tl.constexpr,
-    TERMS: tl.constexpr,
-    SKETCH_DIM: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_K: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_SPLITS: tl.constexpr,
     BLOCK_P: tl.constexpr,
     KBAR: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Merge the parts of one query head, then write its output and its share of the ring row. Grid: ``(B * Hq,)``."""
+    """Merge the parts of one query head, then write its output and its share of the ring row. Grid: ``(B * Hq,)``.
+
+    What precedes ``gdc_wait`` was written before the previous launch passed its own wait, so it may overlap with it.
+    """
     pid = tl.program_id(0)
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
     group = pid // GROUP
     head = pid % GROUP
     request = group // NUM_KV_HEADS
@@ -146,21 +134,31 @@ def complete_kernel(
     ring = tl.load(group_ptr + group * 8 + 3)
     reuse = tl.load(group_ptr + group * 8 + 4) != 0
     anchor = tl.load(group_ptr + group * 8 + 5)
-    first_part = tl.load(parts_ptr + group * 2)
-    num_parts = tl.load(parts_ptr + group * 2 + 1)
     offs_d = tl.arange(0, BLOCK_D)
     mask_d = offs_d < HEAD_DIM
-    other, cos, sin = rotation_at(cos_sin_ptr, position, offs_d, ROTARY_DIM, INTERLEAVED)
-
+    split = tl.arange(0, BLOCK_SPLITS)
+    at_always = (group.to(tl.int64) * SPLITS + split) * GROUP + head
+    always_lse = tl.load(always_lse_ptr + at_always, mask=split < SPLITS, other=float("-inf"))
+    always = tl.load(
+        always_out_ptr + at_always[:, None] * HEAD_DIM + offs_d[None, :],
+        mask=(split < SPLITS)[:, None] & mask_d[None, :],
+        other=0.0,
+    )
     # the reused state comes first; it is empty on a miss
     row = tl.load(decision_int_ptr + group * (3 * GROUP) + GROUP + head)
     lse = tl.load(decision_float_ptr + group * (3 * GROUP) + head, mask=reuse, other=float("-inf"))
+    other, cos, sin = rotation_at(cos_sin_ptr, position, offs_d, ROTARY_DIM, INTERLEAVED)
     stored = ((ring.to(tl.int64) * WINDOW + row) * NUM_QO_HEADS + qo_head) * HEAD_DIM
     out = tl.load(ring_out_ptr + stored + offs_d, mask=mask_d & reuse, other=0.0).to(tl.float32)
     key = tl.zeros([BLOCK_D], tl.float32)
     if KBAR:
         key = tl.load(ring_key_ptr + stored + offs_d, mask=mask_d & reuse, other=0.0).to(tl.float32)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
 
+    first_part = tl.load(parts_ptr + group * 2)
+    num_parts = tl.load(parts_ptr + group * 2 + 1)
     for first in range(0, num_parts, BLOCK_P):
         index = first + tl.arange(0, BLOCK_P)
         at = (first_part + index).to(tl.int64) * GROUP + head
@@ -185,41 +183,20 @@ def complete_kernel(
 
     if ring >= 0:
         slot_row = ring.to(tl.int64) * WINDOW + position % WINDOW
-        at_head = slot_row * NUM_QO_HEADS + qo_head
-        q_row = q_ptr + request.to(tl.int64) * stride_qb + kv_head * GROUP * stride_qh
-        q_pre = load_unrotated(q_row, stride_qh, head, offs_d, mask_d, other, cos, sin)
-        at = at_head * HEAD_DIM + offs_d
-        tl.store(ring_q_ptr + at, q_pre.to(ring_q_ptr.dtype.element_ty), mask=mask_d)
-        tl.store(ring_out_ptr + at, out.to(ring_out_ptr.dtype.element_ty), mask=mask_d)
+        at = slot_row * NUM_QO_HEADS + qo_head
+        tl.store(ring_out_ptr + at * HEAD_DIM + offs_d, out.to(ring_out_ptr.dtype.element_ty), mask=mask_d)
         if KBAR:
-            tl.store(ring_key_ptr + at, key.to(ring_key_ptr.dtype.element_ty), mask=mask_d)
-        tl.store(ring_lse_ptr + at_head, lse)
+            tl.store(ring_key_ptr + at * HEAD_DIM + offs_d, key.to(ring_key_ptr.dtype.element_ty), mask=mask_d)
+        tl.store(ring_lse_ptr + at, lse)
         if head == 0:
-            image = sketch_image(
-                q_row, stride_qh, cos_sin_ptr, position, sketch_index_ptr, sketch_sign_ptr,
-                HEAD_DIM, ROTARY_DIM, INTERLEAVED, TERMS, SKETCH_DIM, BLOCK_T, BLOCK_K,
-            )  # fmt: skip
-            codes, scale = quantize_image(image)
-            at_group = slot_row * NUM_KV_HEADS + kv_head
-            offs_k = tl.arange(0, BLOCK_K)
-            tl.store(ring_sketch_ptr + at_group * SKETCH_DIM + offs_k, codes.to(tl.int8), mask=offs_k < SKETCH_DIM)
-            tl.store(ring_scale_ptr + at_group, scale)
-            tl.store(ring_anchor_ptr + at_group, anchor)
+            tl.store(ring_anchor_ptr + slot_row * NUM_KV_HEADS + kv_head, anchor)
             tl.store(ring_pos_ptr + slot_row, position)
 
-    split = tl.arange(0, BLOCK_SPLITS)
-    at = (group.to(tl.int64) * SPLITS + split) * GROUP + head
-    part_lse = tl.load(always_lse_ptr + at, mask=split < SPLITS, other=float("-inf"))
-    part = tl.load(
-        always_out_ptr + at[:, None] * HEAD_DIM + offs_d[None, :],
-        mask=(split < SPLITS)[:, None] & mask_d[None, :],
-        other=0.0,
-    )
-    top = tl.maximum(tl.max(part_lse, 0), lse)
+    top = tl.maximum(tl.max(always_lse, 0), lse)
     top = tl.where(top == float("-inf"), 0.0, top)
-    weight = tl.exp2(part_lse - top)
+    weight = tl.exp2(always_lse - top)
     own = tl.exp2(lse - top)
     total = tl.sum(weight, 0) + own
-    out = (out * own + tl.sum(part * weight[:, None], 0)) / tl.where(total > 0, total, 1.0)
+    out = (out * own + tl.sum(always * weight[:, None], 0)) / tl.where(total > 0, total, 1.0)
     at = request.to(tl.int64) * stride_ob + qo_head * stride_oh + offs_d
     tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=mask_d)

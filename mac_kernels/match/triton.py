@@ -1,8 +1,8 @@
 """Match on the GPU: scan the ring through the sketch beside the band, then decide per kv group.
 
-Band and sinks are attended whatever is decided, so they share the launch with the scan; the last program of a group
-takes the exact distances of the nominated rows and applies the acceptance rule. Loops are not unrolled where latency
-allows it: every program runs once through its code, and fetching instructions costs more than the loop.
+Band and sinks are attended whatever is decided, so they share a launch with the scan. The next launch takes the exact
+distances of the nominated rows and applies the acceptance rule. Loops are not unrolled where latency allows it: every
+program runs once through its code, and fetching instructions costs more than the loop.
 """
 
 from __future__ import annotations
@@ -47,8 +47,10 @@ def scan_sketch(
     cos_sin_ptr,
     position,
     ring,
+    write,
     kv_head,
     split,
+    ring_q_ptr,
     ring_pos_ptr,
     ring_sketch_ptr,
     ring_scale_ptr,
@@ -60,7 +62,10 @@ def scan_sketch(
     WINDOW: tl.constexpr,
     BLOCK_W: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_G: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
     ROTARY_DIM: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     TERMS: tl.constexpr,
@@ -70,7 +75,10 @@ def scan_sketch(
     BLOCK_R: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
-    """Keys of this split's rows: squared sketch distance, its last bits replaced by the lag; ``_NEVER`` if ineligible."""
+    """Keys of this split's rows: squared sketch distance, its last bits replaced by the lag; ``_NEVER`` if ineligible.
+
+    The first split also writes the query and the sketch of the new row, if ``write``.
+    """
     image = sketch_image(
         q_group, stride_qh, cos_sin_ptr, position, sketch_index_ptr, sketch_sign_ptr,
         HEAD_DIM, ROTARY_DIM, INTERLEAVED, TERMS, SKETCH_DIM, BLOCK_T, BLOCK_K,
@@ -78,6 +86,22 @@ def scan_sketch(
     codes, scale = quantize_image(image)
     query = codes * scale
     offs_k = tl.arange(0, BLOCK_K)
+    if write & (split == 0):
+        # the row at m - W is overwritten from here on; nothing matches it any more, its tag is still the old position
+        at = ring.to(tl.int64) * WINDOW + position % WINDOW
+        head = tl.arange(0, BLOCK_G)
+        offs_d = tl.arange(0, BLOCK_D)
+        mask = (head < GROUP)[:, None] & (offs_d < HEAD_DIM)[None, :]
+        other, cos, sin = rotation_at(cos_sin_ptr, position, offs_d, ROTARY_DIM, INTERLEAVED)
+        q_pre = load_unrotated(
+            q_group, stride_qh, head[:, None], offs_d[None, :], mask, other[None, :], cos[None, :], sin[None, :]
+        )
+        at_head = at * (NUM_KV_HEADS * GROUP) + kv_head * GROUP + head
+        to = ring_q_ptr + at_head[:, None] * HEAD_DIM + offs_d[None, :]
+        tl.store(to, q_pre.to(ring_q_ptr.dtype.element_ty), mask=mask)
+        at = at * NUM_KV_HEADS + kv_head
+        tl.store(ring_sketch_ptr + at * SKETCH_DIM + offs_k, codes.to(tl.int8), mask=offs_k < SKETCH_DIM)
+        tl.store(ring_scale_ptr + at, scale)
     rows_per_split: tl.constexpr = (WINDOW + SPLITS - 1) // SPLITS
     ring_row = ring.to(tl.int64) * WINDOW
     for first in range(split * rows_per_split, tl.minimum((split + 1) * rows_per_split, WINDOW), BLOCK_R):
@@ -106,7 +130,7 @@ def nominate(
 ):
     """Positions of the nearest rows by sketch, [BLOCK_NOMINEES] int32, -1 where there are fewer."""
     row = tl.arange(0, BLOCK_W)
-    key = tl.load(scan_ptr + row, mask=row < WINDOW, other=_NEVER, cache_modifier=".cg")
+    key = tl.load(scan_ptr + row, mask=row < WINDOW, other=_NEVER)
     slot = tl.arange(0, BLOCK_NOMINEES)
     nominated = tl.full([BLOCK_NOMINEES], -1, tl.int32)
     for k in range(NOMINEES):
@@ -114,6 +138,24 @@ def nominate(
         nominated = tl.where(slot == k, tl.where(best == _NEVER, -1, position - best % BLOCK_W), nominated)
         key = tl.where(key == best, _NEVER, key)
     return nominated
+
+
+@triton.jit
+def position_of(request, indptr_ptr, last_page_len_ptr, PAGE_SIZE: tl.constexpr):
+    """Position of a request's newest token, -1 if it has none, and where its pages begin."""
+    first_page = tl.load(indptr_ptr + request)
+    pages = tl.load(indptr_ptr + request + 1) - first_page
+    last = tl.load(last_page_len_ptr + request)
+    return tl.where(pages > 0, (pages - 1) * PAGE_SIZE + last, 0) - 1, first_page
+
+
+@triton.jit
+def ring_of(request, slots_ptr, generations_ptr, slot_table_ptr, ring_generation_ptr, num_slots):
+    """The slot's ring, -1 if it has none, and whether it belongs to this generation of the request."""
+    slot = tl.load(slots_ptr + request)
+    ring = tl.load(slot_table_ptr + slot, mask=(slot >= 0) & (slot < num_slots), other=-1)
+    generation = tl.load(ring_generation_ptr + ring, mask=ring >= 0, other=-1)
+    return ring, (ring >= 0) & (generation == tl.load(generations_ptr + request))
 
 
 @triton.jit
@@ -138,34 +180,21 @@ def scout_kernel(
     ring_generation_ptr,
     num_slots,
     ring_q_ptr,
-    ring_key_ptr,
-    ring_lse_ptr,
     ring_pos_ptr,
-    ring_anchor_ptr,
     ring_sketch_ptr,
     ring_scale_ptr,
     sketch_index_ptr,
     sketch_sign_ptr,
     cos_sin_ptr,
-    counters_ptr,
     scan_ptr,
     always_out_ptr,
     always_lse_ptr,
-    arrived_ptr,
-    decision_int_ptr,
-    decision_float_ptr,
-    group_ptr,
     logit_scale,
     soft_cap,
-    cap,
-    influence,
-    max_age,
-    min_context,
     BAND: tl.constexpr,
     SINKS: tl.constexpr,
     WINDOW: tl.constexpr,
     BLOCK_W: tl.constexpr,
-    NUM_QO_HEADS: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_G: tl.constexpr,
@@ -179,13 +208,7 @@ def scout_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    NOMINEES: tl.constexpr,
-    BLOCK_NOMINEES: tl.constexpr,
-    NOMINEES_AT_ONCE: tl.constexpr,
     SPLITS: tl.constexpr,
-    BLOCK_SPLITS: tl.constexpr,
-    GROUP_SCOPE: tl.constexpr,
-    CORRECTION: tl.constexpr,
     SOFT_CAP: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -202,37 +225,26 @@ def scout_kernel(
     split = pid % (2 * SPLITS)
     request = group // NUM_KV_HEADS
     kv_head = group % NUM_KV_HEADS
-    first_page = tl.load(indptr_ptr + request)
-    pages = tl.load(indptr_ptr + request + 1) - first_page
-    kv_len = tl.where(pages > 0, (pages - 1) * PAGE_SIZE + tl.load(last_page_len_ptr + request), 0)
-    position = kv_len - 1
-    stop = tl.maximum(position + 1 - BAND, SINKS)
+    position, first_page = position_of(request, indptr_ptr, last_page_len_ptr, PAGE_SIZE)
     q_group = q_ptr + request.to(tl.int64) * stride_qb + kv_head * GROUP * stride_qh
-    scan = scan_ptr + group * WINDOW
-
-    slot = tl.load(slots_ptr + request)
-    known = (slot >= 0) & (slot < num_slots)
-    ring = tl.load(slot_table_ptr + slot, mask=known, other=-1)
-    generation = tl.load(ring_generation_ptr + ring, mask=ring >= 0, other=-1)
-    owned = (ring >= 0) & (generation == tl.load(generations_ptr + request))
-    ring = tl.where(owned, ring, -1)
-    searched = owned & (position >= min_context)
-
     if split >= SPLITS:
-        if searched:
+        ring, owned = ring_of(request, slots_ptr, generations_ptr, slot_table_ptr, ring_generation_ptr, num_slots)
+        if ring >= 0:
             scan_sketch(
-                q_group, stride_qh, cos_sin_ptr, position, ring, kv_head, split - SPLITS,
-                ring_pos_ptr, ring_sketch_ptr, ring_scale_ptr, sketch_index_ptr, sketch_sign_ptr, scan,
-                BAND, SINKS, WINDOW, BLOCK_W, NUM_KV_HEADS, HEAD_DIM, ROTARY_DIM, INTERLEAVED,
+                q_group, stride_qh, cos_sin_ptr, position, ring, owned & (position >= 0), kv_head, split - SPLITS,
+                ring_q_ptr, ring_pos_ptr, ring_sketch_ptr, ring_scale_ptr, sketch_index_ptr, sketch_sign_ptr,
+                scan_ptr + group * WINDOW,
+                BAND, SINKS, WINDOW, BLOCK_W, NUM_KV_HEADS, GROUP, BLOCK_G, HEAD_DIM, BLOCK_D, ROTARY_DIM, INTERLEAVED,
                 TERMS, SKETCH_DIM, BLOCK_T, BLOCK_K, BLOCK_R, SPLITS,
             )  # fmt: skip
     else:
-        head_m = tl.arange(0, BLOCK_M)
+        head = tl.arange(0, BLOCK_M)
         offs_d = tl.arange(0, BLOCK_D)
-        mask_m = (head_m < GROUP)[:, None] & (offs_d < HEAD_DIM)[None, :]
-        q = tl.load(q_group + head_m[:, None] * stride_qh + offs_d[None, :], mask=mask_m, other=0.0)
+        mask = (head < GROUP)[:, None] & (offs_d < HEAD_DIM)[None, :]
+        q = tl.load(q_group + head[:, None] * stride_qh + offs_d[None, :], mask=mask, other=0.0)
         # one range of entries: the sinks, then the band
-        entries = tl.minimum(SINKS, kv_len) + tl.maximum(kv_len - stop, 0)
+        stop = tl.maximum(position + 1 - BAND, SINKS)
+        entries = tl.minimum(SINKS, position + 1) + tl.maximum(position + 1 - stop, 0)
         per_split: tl.constexpr = (BAND + SINKS + SPLITS - 1) // SPLITS
         out, lse, _ = attend_tiles(
             q, tl.zeros([BLOCK_M], tl.int32),
@@ -242,35 +254,22 @@ def scout_kernel(
             HEAD_DIM, BLOCK_M, BLOCK_D, BLOCK_N, PAGE_SIZE, SOFT_CAP, False, PRECISION, STAGES,
         )  # fmt: skip
         at = (group.to(tl.int64) * SPLITS + split) * GROUP
-        tl.store(always_out_ptr + (at + head_m[:, None]) * HEAD_DIM + offs_d[None, :], out, mask=mask_m)
-        tl.store(always_lse_ptr + at + head_m, lse, mask=head_m < GROUP)
-
-    tl.debug_barrier()  # every thread's part is stored before one of them announces it
-    before = tl.atomic_add(arrived_ptr + group, 1, sem="acq_rel")
-    if before == 2 * SPLITS - 1:
-        tl.store(arrived_ptr + group, 0)
-        decide(
-            group, kv_head, position, stop, kv_len, ring, searched, q_group, stride_qh,
-            ring_q_ptr, ring_key_ptr, ring_lse_ptr, ring_anchor_ptr, cos_sin_ptr, counters_ptr,
-            scan, always_lse_ptr, decision_int_ptr, decision_float_ptr, group_ptr,
-            logit_scale, cap, influence, max_age, min_context,
-            BAND, SINKS, WINDOW, BLOCK_W, NUM_QO_HEADS, NUM_KV_HEADS, GROUP, BLOCK_G, HEAD_DIM, BLOCK_D,
-            ROTARY_DIM, INTERLEAVED, NOMINEES, BLOCK_NOMINEES, NOMINEES_AT_ONCE, SPLITS, BLOCK_SPLITS,
-            GROUP_SCOPE, CORRECTION,
-        )  # fmt: skip
+        tl.store(always_out_ptr + (at + head[:, None]) * HEAD_DIM + offs_d[None, :], out, mask=mask)
+        tl.store(always_lse_ptr + at + head, lse, mask=head < GROUP)
 
 
 @triton.jit
-def decide(
-    group,
-    kv_head,
-    position,
-    stop,
-    kv_len,
-    ring,
-    searched,
-    q_group,
+def decide_kernel(
+    q_ptr,
+    stride_qb,
     stride_qh,
+    indptr_ptr,
+    last_page_len_ptr,
+    slots_ptr,
+    generations_ptr,
+    slot_table_ptr,
+    ring_generation_ptr,
+    num_slots,
     ring_q_ptr,
     ring_key_ptr,
     ring_lse_ptr,
@@ -306,8 +305,24 @@ def decide(
     BLOCK_SPLITS: tl.constexpr,
     GROUP_SCOPE: tl.constexpr,
     CORRECTION: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    PDL: tl.constexpr,
 ):
-    """Exact distances of the nominated rows, acceptance, and where the rest of this group begins."""
+    """Exact distances of the nominated rows, acceptance, and where the rest of a group begins. Grid: ``(B * Hkv,)``.
+
+    What precedes ``gdc_wait`` was written before the previous launch passed its own wait, so it may overlap with it.
+    """
+    group = tl.program_id(0)
+    request = group // NUM_KV_HEADS
+    kv_head = group % NUM_KV_HEADS
+    position, _ = position_of(request, indptr_ptr, last_page_len_ptr, PAGE_SIZE)
+    kv_len = position + 1
+    stop = tl.maximum(kv_len - BAND, SINKS)
+    ring, owned = ring_of(request, slots_ptr, generations_ptr, slot_table_ptr, ring_generation_ptr, num_slots)
+    ring = tl.where(owned, ring, -1)
+    searched = owned & (position >= min_context)
+    q_group = q_ptr + request.to(tl.int64) * stride_qb + kv_head * GROUP * stride_qh
+    scan = scan_ptr + group * WINDOW
     head = tl.arange(0, BLOCK_G)
     offs_d = tl.arange(0, BLOCK_D)
     mask_h = head < GROUP
@@ -320,14 +335,17 @@ def decide(
     distance = tl.full([BLOCK_G], float("inf"), tl.float32)
     pos = tl.full([BLOCK_G], -1, tl.int32)
     anchor = tl.full([BLOCK_G], -1, tl.int32)
+    other, cos, sin = rotation_at(cos_sin_ptr, position, offs_d, ROTARY_DIM, INTERLEAVED)
+    q_pre = load_unrotated(
+        q_group, stride_qh, head[:, None], offs_d[None, :], mask, other[None, :], cos[None, :], sin[None, :]
+    )
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     if searched:
-        other, cos, sin = rotation_at(cos_sin_ptr, position, offs_d, ROTARY_DIM, INTERLEAVED)
-        q_pre = load_unrotated(
-            q_group, stride_qh, head[:, None], offs_d[None, :], mask, other[None, :], cos[None, :], sin[None, :]
-        )
         infinite = tl.full([BLOCK_G], _INFINITE_KEY, tl.int64)
         best = infinite
-        nominated = nominate(scan_ptr, position, WINDOW, BLOCK_W, NOMINEES, BLOCK_NOMINEES)
+        nominated = nominate(scan, position, WINDOW, BLOCK_W, NOMINEES, BLOCK_NOMINEES)
         slot = tl.arange(0, BLOCK_NOMINEES)
         for first in range(0, BLOCK_NOMINEES, NOMINEES_AT_ONCE):
             index = first + tl.arange(0, NOMINEES_AT_ONCE)
@@ -351,26 +369,23 @@ def decide(
         found = mask_h & (best < infinite)
         pos = tl.where(found, key_pos(best), -1)
         at = (ring_row + tl.where(found, pos % WINDOW, 0)) * NUM_QO_HEADS + qo_head
-        stored = tl.load(ring_q_ptr + at[:, None] * HEAD_DIM + offs_d[None, :], mask=mask & found[:, None], other=0.0)
-        gap = q_pre - stored.to(tl.float32)
-        gap = tl.where(found[:, None], gap, 0.0)
-        distance = tl.where(found, tl.sqrt(tl.sum(gap * gap, 1)), float("inf"))
+        mask_found = mask & found[:, None]
+        stored = tl.load(ring_q_ptr + at[:, None] * HEAD_DIM + offs_d[None, :], mask=mask_found, other=0.0)
         lse = tl.load(ring_lse_ptr + at, mask=found, other=float("-inf"))
-        if CORRECTION:
-            key_mean = tl.load(
-                ring_key_ptr + at[:, None] * HEAD_DIM + offs_d[None, :], mask=mask & found[:, None], other=0.0
-            )
-            step = tl.sum(gap * key_mean.to(tl.float32), 1) * logit_scale
-            lse += tl.minimum(tl.maximum(step, -1024.0), 1024.0)
         row = tl.where(found, pos % WINDOW, 0)
         anchor = tl.load(ring_anchor_ptr + (ring_row + row) * NUM_KV_HEADS + kv_head, mask=found, other=-1)
+        gap = tl.where(found[:, None], q_pre - stored.to(tl.float32), 0.0)
+        if CORRECTION:
+            key = tl.load(ring_key_ptr + at[:, None] * HEAD_DIM + offs_d[None, :], mask=mask_found, other=0.0)
+            step = tl.sum(gap * key.to(tl.float32), 1) * logit_scale
+            lse += tl.minimum(tl.maximum(step, -1024.0), 1024.0)
+        distance = tl.where(found, tl.sqrt(tl.sum(gap * gap, 1)), float("inf"))
 
     split = tl.arange(0, BLOCK_SPLITS)[:, None]
     parts = tl.load(
         always_lse_ptr + (group.to(tl.int64) * SPLITS + split) * GROUP + head[None, :],
         mask=(split < SPLITS) & mask_h[None, :],
         other=float("-inf"),
-        cache_modifier=".cg",
     )
     # the weight that the reused state would get if there were no rest
     top = tl.maximum(tl.max(parts, 0), lse)

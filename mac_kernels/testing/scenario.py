@@ -1,4 +1,4 @@
-"""Inputs with known answers: poisoned paged KV caches, and queries planted at a chosen distance from chosen ring rows."""
+"""Inputs with known answers: poisoned paged KV caches, queries at a chosen distance from chosen ring rows."""
 
 from __future__ import annotations
 
@@ -109,9 +109,9 @@ def poison_rings(rings: RingPool) -> None:
 class Scenario:
     """One decode step with a planted outcome.
 
-    ``q`` [B, Hq, D] rotated queries at position ``kv_len - 1``; ``kv`` the cache, current token included; ``rings`` with
-    the ``W - 1`` rows before it; ``slots``, ``generations`` [B] int64; ``hit`` [B, Hkv] bool, groups planted as hits;
-    ``matched_pos`` [B, Hq] int64, the nearest row; ``distance`` [B, Hq] fp32, as planted.
+    ``q`` [B, Hq, D] rotated queries at position ``kv_len - 1``; ``kv`` the cache, current token included; ``rings``
+    with the ``W - 1`` rows before it; ``slots``, ``generations`` [B] int64; ``hit`` [B, Hkv] bool, groups planted as
+    hits; ``matched_pos`` [B, Hq] int64, the nearest row; ``distance`` [B, Hq] fp32, as planted.
     """
 
     config: MacConfig
@@ -148,9 +148,10 @@ def plant_step(
 ) -> Scenario:
     """Build a decode step in which chosen kv groups hit and the others narrowly miss.
 
-    The ring rows lie around the query in the pre-RoPE frame. Up to four rows per kv group are near: the nearest of every
-    head is one of them (one for the whole group with ``match_scope="group"``), the other three are at ``second_ratio``
-    or little more, and all other rows are farther out. At a missed group one random head is too far; the others are as near as at a hit. The first
+    The ring rows lie around the query in the pre-RoPE frame. Up to four rows per kv group are near: the nearest of
+    every head is one of them (one for the whole group with ``match_scope="group"``), the other three are at
+    ``second_ratio`` or little more, and all other rows are farther out. At a missed group one random head is too far;
+    the others are as near as at a hit. The first
     token becomes an attention sink as strong as the influence bound needs.
 
     Parameters

@@ -1,4 +1,4 @@
-"""Fair timing: cold L2 by rotating buffers, providers interleaved, CUDA graphs on both sides, quantiles instead of a mean."""
+"""Fair timing: cold L2 by rotating buffers, providers in turn, CUDA graphs on both sides, quantiles."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def _in_order(calls: Calls) -> Callable[[], None]:
 
 def _captured(calls: Calls) -> Callable[[], None]:
     run = _in_order(calls)
-    stream = torch.cuda.Stream()
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         run()
@@ -139,7 +139,7 @@ def _captured(calls: Calls) -> Callable[[], None]:
 
 
 def _event_us(run: Callable[[], None]) -> float:
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     begin.record()
     run()
     end.record()

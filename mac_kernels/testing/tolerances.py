@@ -1,8 +1,9 @@
 """How close is close enough: one rule, one row per (stage, dtype), each with its reason.
 
-The rule: ``err(fast, ref) <= 2 * err(plain, ref) + floor``. ``ref`` is computed in fp64, ``plain`` is textbook torch with
-the same inputs, the same rounding of the softmax weights and the same storage dtype, and ``floor = ulps * eps(dtype) *
-max(1, |ref|)`` (largest magnitude) lets a lucky ``plain`` pass without hiding a bug. Errors are largest absolute differences.
+The rule: ``err(fast, ref) <= 2 * err(plain, ref) + floor``. ``ref`` is computed in fp64; ``plain`` is textbook torch
+with the same inputs, the same rounding of the softmax weights and the same storage dtype; ``floor = ulps * eps(dtype) *
+max(1, |ref|)`` (largest magnitude) lets a lucky ``plain`` pass without hiding a bug. Errors are largest absolute
+differences.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ class DecodeConformance(Invariants, Boundaries, Serving):
     """Every behavioural test of a decode backend; subclass it under a name that pytest collects.
 
     Set ``backend`` and ``device``; narrow or widen ``dtypes``, ``cases``, ``rules``, ``steps`` and ``chain_steps``;
-    override ``make_wrapper``, ``fill_rings`` or ``capture`` where the backend needs more. Each step is driven through the
-    public ``plan()`` / ``run_return_trace()`` with NaN in every unwritten place, and judged by an fp64 oracle that
+    override ``make_wrapper``, ``fill_rings`` or ``capture`` where the backend needs more. Each step is driven through
+    the public ``plan()`` / ``run_return_trace()`` with NaN in every unwritten place, and judged by an fp64 oracle that
     follows the backend's own decisions, while the decisions are recomputed from the ring that it saw.
     """

@@ -57,7 +57,7 @@ class Kit:
         """Record ``run`` (static tensors only) and return what replays it."""
         if not self.capturable:
             return run
-        stream = torch.cuda.Stream()
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             run()

@@ -28,9 +28,7 @@ class Case:
     rotary: Rotary = "full"
 
     def __str__(self) -> str:
-        return (
-            f"D{self.head_dim}-G{self.group}-Hkv{self.kv_heads}-P{self.page_size}-{self.kv_layout}-{self.rotary}"
-        )
+        return f"D{self.head_dim}-G{self.group}-Hkv{self.kv_heads}-P{self.page_size}-{self.kv_layout}-{self.rotary}"
 
     @property
     def layout(self) -> HeadLayout:
@@ -94,11 +92,14 @@ PAIRWISE_CASES = tuple(
 )
 """Every pair of two shape properties at least once: for a GPU."""
 
-_BASE = MacConfig(window=16, band=6, sinks=2, min_context=12, influence=None, max_age=None, nominees=None)
+_BASE = MacConfig(window=16, band=6, sinks=2, min_context=12, influence=None, max_age=None, nominees=64)
 
 
 def variant(**changes: Any) -> MacConfig:
-    """The kit's small config (window 16, band 6, sinks 2, min_context 12; no bound, age limit or sketch) with changes."""
+    """The kit's small config (window 16, band 6, sinks 2, min_context 12, no bound, no age limit) with changes.
+
+    There are more nominees than rows, so that the nearest row is found by backends that always nominate, too.
+    """
     return MacConfig.from_dict({**_BASE.to_dict(), **changes})
 
 
@@ -114,5 +115,5 @@ CONFIGS: dict[str, MacConfig] = {
 }
 """Acceptance rules that every backend must run, by name."""
 
-PAPER = variant(correction=False, recompute_loaded_groups=False)
+PAPER = variant(correction=False, nominees=None, recompute_loaded_groups=False)
 """The published rule: heads of a loaded group stay approximate. The reference backend runs it, others refuse it."""

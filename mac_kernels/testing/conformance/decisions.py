@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from ...config import MacConfig
-from ...match.sketch import Sketch
 from ...types import Reason, StepTrace
 from .cases import Case
+from .rows import sketch_image
 
 if TYPE_CHECKING:
     from .session import Session, StepResult
@@ -27,7 +27,7 @@ def check_decisions(session: Session, result: StepResult, i: int, rows: dict[str
         return
     if config.match_scope == "group":
         by_group = matched.view(-1, case.group)
-        assert bool((by_group == by_group[:, :1]).all()), f"heads of one group matched different rows at {t}: {by_group}"
+        assert bool((by_group == by_group[:, :1]).all()), f"one group matched different rows at {t}: {by_group}"
     q_pre = session.truth[result.requests[i]].q_pre(result.q[i], t)
     distance, sure, pos = eligible_distance(config, case, rows, q_pre, t, session)
     score, best = _score(distance, case, config), _score(distance.masked_fill(~sure, math.inf), case, config).amin(0)
@@ -50,7 +50,7 @@ def check_decisions(session: Session, result: StepResult, i: int, rows: dict[str
 def eligible_distance(
     config: MacConfig, case: Case, rows: dict[str, torch.Tensor], q_pre: torch.Tensor, t: int, session: Session
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Exact distance [W, Hq] to every row that may be matched (else ``inf``), which of them surely may, and tags [W]."""
+    """Exact distance [W, Hq] to every row that may be matched (else ``inf``), which surely may, and tags [W]."""
     pos = rows["pos"].long()
     window = (pos >= 0) & (pos < t) & (pos > t - config.window)
     allowed = window[:, None] & torch.isfinite(rows["lse2"])
@@ -83,21 +83,6 @@ def _nominated(
     distance = torch.where(allowed, (stored - image).square().sum(-1), torch.inf)
     last = distance.sort(0).values[min(count, len(distance)) - 1]
     return (distance <= last * (1 + slack)) & torch.isfinite(distance)
-
-
-def sketch_image(sketch: Sketch, q_pre: torch.Tensor) -> torch.Tensor:
-    """Signed sums [Hkv, K] of the coordinates that the pool's sketch picks from each group's queries [Hq, D], fp64."""
-    grouped = q_pre.double().reshape(-1, sketch.group_size * q_pre.shape[-1])
-    index, sign = sketch.index.cpu().long(), sketch.sign.cpu().double()
-    return torch.stack([(x[index] * sign).sum(0) for x in grouped])
-
-
-def check_sketch(codes: torch.Tensor, scale: torch.Tensor, image: torch.Tensor, what: str) -> None:
-    """Compare stored codes [Hkv, K] and scales [Hkv] with the image [Hkv, K]: within one code and a 16-bit rounding."""
-    largest = image.abs().amax(-1)
-    stored = codes.double() * scale.double()[:, None]
-    assert bool(((scale.double() * 127 - largest).abs() <= 0.01 * largest).all()), f"{what}: sketch scale {scale}"
-    assert bool(((stored - image).abs() <= (0.01 + 1 / 127) * largest[:, None]).all()), f"{what}: sketch codes are off"
 
 
 def _score(distance: torch.Tensor, case: Case, config: MacConfig) -> torch.Tensor:
@@ -158,9 +143,8 @@ def check_ranges(config: MacConfig, case: Case, trace: StepTrace, i: int, t: int
     for head, reused in enumerate(reuse.tolist()):
         p = int(trace.matched_pos[i, head])
         start = max(config.sinks, p + 1 - config.band) if reused else config.sinks
-        assert int(trace.start[i, head]) == start, (
-            f"head {head} at {t} starts at {int(trace.start[i, head])}, should start at {start} (matched {p}, {reused=})"
-        )
+        got = int(trace.start[i, head])
+        assert got == start, f"head {head} at {t} starts at {got}, should start at {start} (matched {p}, {reused=})"
     lowest = trace.start[i].view(-1, case.group).amin(1)
     read = [min(stop - int(first) + max(t + 1 - stop, 0) + config.sinks, t + 1) for first in lowest]
     assert trace.kv_read[i].tolist() == read, f"kv_read {trace.kv_read[i].tolist()} at {t}, should be {read}"

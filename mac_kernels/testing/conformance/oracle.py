@@ -19,7 +19,7 @@ from ...types import HeadLayout
 
 @dataclass(frozen=True, slots=True)
 class OracleRow:
-    """What the ring must hold for one position: ``q_pre``, ``out``, ``kbar`` [Hq, D], ``lse2`` [Hq], ``anchor`` [Hkv]."""
+    """What the ring holds for one position: ``q_pre``, ``out``, ``kbar`` [Hq, D], ``lse2`` [Hq], ``anchor`` [Hkv]."""
 
     q_pre: torch.Tensor
     out: torch.Tensor
@@ -88,7 +88,8 @@ class ChainOracle:
 
     def q_pre(self, q: torch.Tensor, t: int) -> torch.Tensor:
         """The query [Hq, D] before its rotation."""
-        return torch.linalg.solve(self.rotation(t), q.double().T).T.to(self.work)
+        solved: torch.Tensor = torch.linalg.solve(self.rotation(t), q.double().T)
+        return solved.T.to(self.work)
 
     def range_state(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keep: torch.Tensor) -> RangeState:
         """Softmax over the keys where ``keep`` [Hq, L], of ``q`` [Hq, D] over dense ``k``, ``v`` [L, Hkv, D]."""
@@ -167,7 +168,9 @@ class ChainOracle:
         keep = self._between(k.shape[0], 0, k.shape[0])
         return self._round(self.range_state(q, k, v, keep).out, self.dtype)
 
-    def weight_bound(self, t: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, row_pos: torch.Tensor) -> torch.Tensor:
+    def weight_bound(
+        self, t: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, row_pos: torch.Tensor
+    ) -> torch.Tensor:
         """Weight [Hq] of the corrected row at ``row_pos`` [Hq] (-1: 0) beside band and sinks, the rest left out."""
         k, v, reused, q_pre = k[: t + 1], v[: t + 1], self._empty(), self.q_pre(q, t)
         for head, p in enumerate(row_pos.tolist()):

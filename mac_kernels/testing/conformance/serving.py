@@ -75,7 +75,7 @@ class Serving(Kit):
         assert torch.equal(session.rings.fields["pos"], before)
 
     def test_replay(self, dtype: torch.dtype) -> None:
-        """One plan, one capture; then other lengths, pages, slots, generations, queries and hits in the same tensors."""
+        """One plan, one capture; then other lengths, pages, slots, queries and hits in the same tensors."""
         expected, replayed = self._ready(dtype), self._ready(dtype)
         heads, dim = expected.layout.num_qo_heads, expected.case.head_dim
         q = torch.zeros(3, heads, dim, dtype=dtype, device=self.device)

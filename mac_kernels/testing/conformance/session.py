@@ -11,16 +11,17 @@ from typing import Any
 import torch
 
 from ...config import MacConfig
+from ...paged import PageTable
 from ...prefill import fill_rings
 from ...ring import RingPool
 from ...rope import Rope
-from ...paged import PageTable
 from ...types import Reason, StepTrace
 from ..scenario import PagedStore, poison_rings
 from ..tolerances import Ledger
 from .cases import Case
-from .decisions import check_decisions, check_ranges, check_sketch, sketch_image
+from .decisions import check_decisions, check_ranges
 from .oracle import ChainOracle
+from .rows import check_row, check_untouched
 
 
 @contextlib.contextmanager
@@ -46,12 +47,23 @@ class StepResult:
     out: torch.Tensor
     trace: StepTrace
 
+    @property
+    def reasons(self) -> set[Reason]:
+        """All reasons of the step."""
+        return {Reason(value) for value in self.trace.reason.flatten().tolist()}
+
+    @property
+    def matched(self) -> set[int]:
+        """All matched positions of the step."""
+        return set(self.trace.matched_pos.flatten().tolist())
+
 
 class Session:
     """A few requests in one layer, decoded together or apart, each with its fp64 and its plain oracle.
 
-    ``judged`` counts the groups whose decision was checked and those too close to call (``margin``, relative); ``hits`` the
-    reused groups and all; ``ledger`` holds the errors of rows and outputs. Every cache token beyond the lengths, every ring row without a tag and every output buffer starts as NaN.
+    Every cache token beyond the lengths, every ring row without a tag and every output buffer starts as NaN. ``judged``
+    counts the groups whose decision was checked and those too close to call (``margin``, relative); ``hits`` the reused
+    groups and all; ``ledger`` holds the errors of rows and outputs.
 
     Parameters
     ----------
@@ -347,7 +359,7 @@ class Session:
         truth, plain = (torch.stack(states) for states in zip(*outputs, strict=True))
         what = f"output at {result.positions} of requests {result.requests}"
         self.ledger.record("output", result.out, plain, truth, dtype=self.dtype, what=what)
-        self._check_untouched(before, result, ring_of)
+        check_untouched(self, result, before)
 
     def _replay(self, result: StepResult, i: int) -> tuple[torch.Tensor, torch.Tensor]:
         request, t, trace = result.requests[i], result.positions[i], result.trace
@@ -363,41 +375,12 @@ class Session:
 
     def check_row(self, request: int, t: int) -> None:
         """Compare the ring row of position ``t`` with the oracle's; its errors go into ``ledger``."""
-        ring = int(self.rings.slot_table[self.slots[request]])
-        row = {name: field[self.layer, ring, t % self.config.window].cpu() for name, field in self.rings.fields.items()}
-        truth, plain = self.truth[request].rows[t], self.plain[request].rows[t]
-        what = f"row {t} of request {request}"
-        if int(row["pos"]) == -1 and bool(torch.isneginf(truth.lse2).all()):
-            return  # an empty row may be left untagged: neither is ever matched
-        assert int(row["pos"]) == t, f"{what} is tagged {int(row['pos'])}"
-        self.ledger.record("lse2", row["lse2"], plain.lse2, truth.lse2, dtype=torch.float32, what=what)
-        self.ledger.record("query", row["q_pre"], plain.q_pre, truth.q_pre, dtype=self.row_dtype, what=what)
-        self.ledger.record("state", row["out"], plain.out, truth.out, dtype=self.row_dtype, what=what)
-        if self.config.correction and not self.soft_cap:
-            self.ledger.record("kbar", row["kbar"], plain.kbar, truth.kbar, dtype=self.row_dtype, what=what)
-        if self.rings.sketch is not None:
-            check_sketch(row["sketch"], row["sketch_scale"], sketch_image(self.rings.sketch, truth.q_pre), what)
-        assert torch.equal(row["anchor"].long(), truth.anchor), f"{what}: anchor {row['anchor']}, not {truth.anchor}"
+        check_row(self, request, t)
 
     def check_rows(self, request: int) -> int:
         """Compare all rows in the window of a request; returns how many."""
-        newest = self.lengths[request] - 1
-        stored = [t for t in range(max(0, newest - self.config.window + 1), newest + 1) if t in self.truth[request].rows]
+        oldest = self.lengths[request] - self.config.window
+        stored = [t for t in sorted(self.truth[request].rows) if t >= oldest]
         for t in stored:
-            self.check_row(request, t)
+            check_row(self, request, t)
         return len(stored)
-
-    def _check_untouched(self, before: dict[str, torch.Tensor], result: StepResult, ring_of: torch.Tensor) -> None:
-        """Only the rows of this step, in this layer, of rings that belong to the batch may have changed."""
-        for name, field in self.rings.fields.items():
-            same = _same_bits(field, before[name]).flatten(3).all(-1) if field.dim() > 3 else _same_bits(field, before[name])
-            same = same.cpu()
-            for request, t in zip(result.requests, result.positions, strict=True):
-                if self.has_ring[request]:
-                    same[self.layer, ring_of[self.slots[request]], t % self.config.window] = True
-            changed = (~same).nonzero().tolist()
-            assert not changed, f"ring field {name} changed at (layer, ring, row) {changed[:4]}, outside this step's rows"
-
-
-def _same_bits(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    return (a == b) | ((a != a) & (b != b))

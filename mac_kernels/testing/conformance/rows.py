@@ -1,0 +1,64 @@
+"""Judges what a step stored: its own row against the oracle, and that nothing else changed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from ...match.sketch import Sketch
+
+if TYPE_CHECKING:
+    from .session import Session, StepResult
+
+
+def check_row(session: Session, request: int, t: int) -> None:
+    """Compare the ring row of position ``t`` with the oracle's; its errors go into the session's ledger."""
+    rings, ledger = session.rings, session.ledger
+    ring = int(rings.slot_table[session.slots[request]])
+    row = {name: field[session.layer, ring, t % session.config.window].cpu() for name, field in rings.fields.items()}
+    truth, plain = session.truth[request].rows[t], session.plain[request].rows[t]
+    what = f"row {t} of request {request}"
+    if int(row["pos"]) == -1 and bool(torch.isneginf(truth.lse2).all()):
+        return  # an empty row may be left untagged: neither is ever matched
+    assert int(row["pos"]) == t, f"{what} is tagged {int(row['pos'])}"
+    ledger.record("lse2", row["lse2"], plain.lse2, truth.lse2, dtype=torch.float32, what=what)
+    ledger.record("query", row["q_pre"], plain.q_pre, truth.q_pre, dtype=session.row_dtype, what=what)
+    ledger.record("state", row["out"], plain.out, truth.out, dtype=session.row_dtype, what=what)
+    if session.config.correction and not session.soft_cap:
+        ledger.record("kbar", row["kbar"], plain.kbar, truth.kbar, dtype=session.row_dtype, what=what)
+    if rings.sketch is not None:
+        _check_sketch(row["sketch"], row["sketch_scale"], sketch_image(rings.sketch, truth.q_pre), what)
+    assert torch.equal(row["anchor"].long(), truth.anchor), f"{what}: anchor {row['anchor']}, not {truth.anchor}"
+
+
+def check_untouched(session: Session, result: StepResult, before: dict[str, torch.Tensor]) -> None:
+    """Only the rows of this step, in this layer, of rings that belong to the batch may have changed."""
+    ring_of = session.rings.slot_table.cpu()
+    for name, field in session.rings.fields.items():
+        same = _same_bits(field, before[name]).cpu()
+        same = same.flatten(3).all(-1) if same.dim() > 3 else same
+        for request, t in zip(result.requests, result.positions, strict=True):
+            if session.has_ring[request]:
+                same[session.layer, ring_of[session.slots[request]], t % session.config.window] = True
+        changed = (~same).nonzero().tolist()
+        assert not changed, f"ring field {name} changed at (layer, ring, row) {changed[:4]}, not a row of this step"
+
+
+def sketch_image(sketch: Sketch, q_pre: torch.Tensor) -> torch.Tensor:
+    """Signed sums [Hkv, K] of the coordinates that the pool's sketch picks from each group's queries [Hq, D], fp64."""
+    grouped = q_pre.double().reshape(-1, sketch.group_size * q_pre.shape[-1])
+    index, sign = sketch.index.cpu().long(), sketch.sign.cpu().double()
+    return torch.stack([(x[index] * sign).sum(0) for x in grouped])
+
+
+def _check_sketch(codes: torch.Tensor, scale: torch.Tensor, image: torch.Tensor, what: str) -> None:
+    """Compare stored codes [Hkv, K] and scales [Hkv] with the image [Hkv, K]: within one code and a 16-bit rounding."""
+    largest = image.abs().amax(-1)
+    stored = codes.double() * scale.double()[:, None]
+    assert bool(((scale.double() * 127 - largest).abs() <= 0.01 * largest).all()), f"{what}: sketch scale {scale}"
+    assert bool(((stored - image).abs() <= (0.01 + 1 / 127) * largest[:, None]).all()), f"{what}: sketch codes are off"
+
+
+def _same_bits(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return (a == b) | ((a != a) & (b != b))
