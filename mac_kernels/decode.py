@@ -12,7 +12,7 @@ import torch
 from .config import MacConfig
 from .errors import InputError, PlanError, UnsupportedError
 from .paged import SUPPORTED_DTYPES, PagedKV, PageTable
-from .ring import RingPool
+from .ring import RingPool, check_slots
 from .rope import Rope
 from .step import reference_step
 from .support import BACKENDS, Backend, choose_backend, unsupported_reasons
@@ -313,11 +313,7 @@ def _check_step(
             f"out must be {list(shape)} {q.dtype} like q, got {list(out.shape)} {out.dtype}; allocate empty_like(q)"
         )
     rings.check_fits(layer, layout, plan.config)
-    for name, tensor in (("slots", slots), ("generations", generations)):
-        if tensor.shape != (batch,) or tensor.dtype not in (torch.int32, torch.int64):
-            raise InputError(
-                f"{name} must be [{batch}] int32 or int64, got {list(tensor.shape)} {tensor.dtype}; one per request"
-            )
+    check_slots(slots, generations, batch)
     devices = {t.device for t in (q, kv.k_cache, kv.table.indptr, slots, generations, rings.slot_table)}
     if len(devices) > 1:
         raise InputError(

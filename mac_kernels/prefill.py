@@ -10,8 +10,8 @@ import torch
 from .attend.reference import masked_attention
 from .config import MacConfig
 from .errors import InputError
-from .paged import PagedKV
-from .ring import RingPool
+from .paged import SUPPORTED_DTYPES, PagedKV
+from .ring import RingPool, check_slots
 from .rope import Rope
 from .types import AttnState, covered_end
 
@@ -57,6 +57,8 @@ def fill_rings(
     sm_scale = 1 / math.sqrt(kv.layout.head_dim) if sm_scale is None else sm_scale
     rings.check_fits(layer, kv.layout, config)
     _check_queries(q, qo_indptr, kv)
+    check_slots(slots, generations, kv.table.batch_size)
+    kv.table.check(num_pages=kv.k_cache.shape[0])
     ring = rings.lookup(slots, generations)
     kv_len = kv.table.kv_len()
     for request, (begin, end) in enumerate(zip(qo_indptr[:-1].tolist(), qo_indptr[1:].tolist(), strict=True)):
@@ -131,9 +133,10 @@ def _check_queries(q: torch.Tensor, qo_indptr: torch.Tensor, kv: PagedKV) -> Non
         raise InputError(
             f"qo_indptr must rise from 0 to the {q.shape[0]} rows of q, got {bounds[0]} .. {bounds[-1]}; check lengths"
         )
-    if q.shape[1:] != (kv.layout.num_qo_heads, kv.layout.head_dim):
+    if q.shape[1:] != (kv.layout.num_qo_heads, kv.layout.head_dim) or q.dtype not in SUPPORTED_DTYPES:
         raise InputError(
-            f"q must be [nnz_q, {kv.layout.num_qo_heads}, {kv.layout.head_dim}], got {list(q.shape)}; check the layout"
+            f"q must be [nnz_q, {kv.layout.num_qo_heads}, {kv.layout.head_dim}] in fp32, bf16 or fp16, "
+            f"got {list(q.shape)} {q.dtype}; check the layout"
         )
     for request, length in enumerate(kv.table.kv_len().tolist()):
         if bounds[request + 1] - bounds[request] > length:

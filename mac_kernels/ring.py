@@ -348,6 +348,21 @@ class RingPool:
             raise InputError(f"slot {slot} is out of range [0, {self.num_slots - 1}]; build a pool of more num_slots")
 
 
+def check_slots(slots: torch.Tensor, generations: torch.Tensor, batch_size: int) -> None:
+    """Check what names the rings of a batch.
+
+    Raises
+    ------
+    InputError
+        If either is not [B] int32 or int64.
+    """
+    for name, tensor in (("slots", slots), ("generations", generations)):
+        if tensor.shape != (batch_size,) or tensor.dtype not in (torch.int32, torch.int64):
+            raise InputError(
+                f"{name} must be [{batch_size}] int32 or int64, got {list(tensor.shape)} {tensor.dtype}; one each"
+            )
+
+
 def _cut(pos: torch.Tensor, up_to: int | None) -> None:
     if up_to is not None:
         pos[pos >= up_to] = EMPTY

@@ -320,7 +320,7 @@ def decide_kernel(
     stop = tl.maximum(kv_len - BAND, SINKS)
     ring, owned = ring_of(request, slots_ptr, generations_ptr, slot_table_ptr, ring_generation_ptr, num_slots)
     ring = tl.where(owned, ring, -1)
-    searched = owned & (position >= min_context)
+    searched = owned & (position >= 0)
     q_group = q_ptr + request.to(tl.int64) * stride_qb + kv_head * GROUP * stride_qh
     scan = scan_ptr + group * WINDOW
     head = tl.arange(0, BLOCK_G)

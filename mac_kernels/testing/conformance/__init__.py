@@ -12,8 +12,10 @@ import torch  # noqa: F401 - used by the example above
 
 from .boundaries import Boundaries
 from .cases import CONFIGS, PAIRWISE_CASES, PAPER, SMALL_CASES, Case, pairwise, variant
+from .chain import Decision, replay
 from .invariants import Invariants
 from .oracle import ChainOracle
+from .rows import compare_row
 from .serving import Serving
 from .session import Session, StepResult
 
@@ -24,10 +26,13 @@ __all__ = [
     "SMALL_CASES",
     "Case",
     "ChainOracle",
+    "Decision",
     "DecodeConformance",
     "Session",
     "StepResult",
+    "compare_row",
     "pairwise",
+    "replay",
     "variant",
 ]
 

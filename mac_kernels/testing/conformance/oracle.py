@@ -70,6 +70,7 @@ class ChainOracle:
         self.work = torch.float32 if plain else torch.float64
         self.dtype, self.row_dtype, self.plain = dtype, row_dtype, plain
         self.rows: dict[int, OracleRow] = {}
+        self._rotation: tuple[int, torch.Tensor] | None = None  # of the position asked for last
 
     def covered_end(self, t: int) -> int:
         """``E(t)``: where the row of ``t`` ends."""
@@ -77,14 +78,14 @@ class ChainOracle:
 
     def rotation(self, t: int) -> torch.Tensor:
         """``R_t`` as a matrix [D, D] in fp64, magnitude included."""
-        cos, sin = self.rope.cos_sin(torch.tensor([t]))
-        half, dim = self.rope.rotary_dim // 2, self.layout.head_dim
-        matrix = torch.eye(dim, dtype=torch.float64)
-        for i in range(half):
-            a, b = (2 * i, 2 * i + 1) if self.rope.interleaved else (i, i + half)
-            c, s = float(cos[0, i]), float(sin[0, i])
-            matrix[a, a], matrix[a, b], matrix[b, a], matrix[b, b] = c, -s, s, c
-        return matrix
+        if self._rotation is None or self._rotation[0] != t:
+            cos, sin = (x[0].double() for x in self.rope.cos_sin(torch.tensor([t])))
+            plane = torch.arange(self.rope.rotary_dim // 2)
+            a, b = (2 * plane, 2 * plane + 1) if self.rope.interleaved else (plane, plane + len(plane))
+            matrix = torch.eye(self.layout.head_dim, dtype=torch.float64)
+            matrix[a, a], matrix[a, b], matrix[b, a], matrix[b, b] = cos, -sin, sin, cos
+            self._rotation = t, matrix
+        return self._rotation[1]
 
     def q_pre(self, q: torch.Tensor, t: int) -> torch.Tensor:
         """The query [Hq, D] before its rotation."""
@@ -93,7 +94,10 @@ class ChainOracle:
 
     def range_state(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keep: torch.Tensor) -> RangeState:
         """Softmax over the keys where ``keep`` [Hq, L], of ``q`` [Hq, D] over dense ``k``, ``v`` [L, Hkv, D]."""
-        group = self.layout.group_size
+        group, used = self.layout.group_size, keep.any(0).nonzero().flatten()
+        if len(used):  # keys that no head keeps need no work
+            first, stop = int(used[0]), int(used[-1]) + 1
+            k, v, keep = k[first:stop], v[first:stop], keep[:, first:stop]
         k, v = (x.to(self.work).repeat_interleave(group, dim=1).transpose(0, 1) for x in (k, v))  # [Hq, L, D]
         logits = (k @ q.to(self.work)[..., None])[..., 0] * self.sm_scale
         if self.soft_cap:

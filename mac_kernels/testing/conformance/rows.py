@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from ...match.sketch import Sketch
+from ...ring import RingPool
+from ..tolerances import Ledger
+from .oracle import OracleRow
 
 if TYPE_CHECKING:
     from .session import Session, StepResult
@@ -14,19 +17,57 @@ if TYPE_CHECKING:
 
 def check_row(session: Session, request: int, t: int) -> None:
     """Compare the ring row of position ``t`` with the oracle's; its errors go into the session's ledger."""
-    rings, ledger = session.rings, session.ledger
-    ring = int(rings.slot_table[session.slots[request]])
-    row = {name: field[session.layer, ring, t % session.config.window].cpu() for name, field in rings.fields.items()}
-    truth, plain = session.truth[request].rows[t], session.plain[request].rows[t]
-    what = f"row {t} of request {request}"
+    ring = int(session.rings.slot_table[session.slots[request]])
+    compare_row(
+        session.ledger,
+        session.rings,
+        (session.layer, ring, t),
+        session.plain[request].rows[t],
+        session.truth[request].rows[t],
+        correction=session.config.correction and not session.soft_cap,
+    )
+
+
+def compare_row(
+    ledger: Ledger,
+    rings: RingPool,
+    where: tuple[int, int, int],
+    plain: OracleRow,
+    truth: OracleRow,
+    *,
+    correction: bool = True,
+) -> None:
+    """Compare one ring row with the plain and the fp64 oracle's.
+
+    Parameters
+    ----------
+    ledger : Ledger
+        Takes the errors of the query, state, lse2 and mean key.
+    rings : RingPool
+        Holds the row.
+    where : tuple of int
+        Layer, ring and position.
+    plain, truth : OracleRow
+        What it should be.
+    correction : bool, default True
+        Whether the mean key is compared.
+
+    Raises
+    ------
+    AssertionError
+        If the row is another position's, or its anchor or sketch is wrong.
+    """
+    layer, ring, t = where
+    row = {name: field[layer, ring, t % rings.window].cpu() for name, field in rings.fields.items()}
+    what = f"row {t} of ring {ring} in layer {layer}"
     if int(row["pos"]) == -1 and bool(torch.isneginf(truth.lse2).all()):
         return  # an empty row may be left untagged: neither is ever matched
     assert int(row["pos"]) == t, f"{what} is tagged {int(row['pos'])}"
     ledger.record("lse2", row["lse2"], plain.lse2, truth.lse2, dtype=torch.float32, what=what)
-    ledger.record("query", row["q_pre"], plain.q_pre, truth.q_pre, dtype=session.row_dtype, what=what)
-    ledger.record("state", row["out"], plain.out, truth.out, dtype=session.row_dtype, what=what)
-    if session.config.correction and not session.soft_cap:
-        ledger.record("kbar", row["kbar"], plain.kbar, truth.kbar, dtype=session.row_dtype, what=what)
+    ledger.record("query", row["q_pre"], plain.q_pre, truth.q_pre, dtype=rings.dtype, what=what)
+    ledger.record("state", row["out"], plain.out, truth.out, dtype=rings.dtype, what=what)
+    if correction:
+        ledger.record("kbar", row["kbar"], plain.kbar, truth.kbar, dtype=rings.dtype, what=what)
     if rings.sketch is not None:
         _check_sketch(row["sketch"], row["sketch_scale"], sketch_image(rings.sketch, truth.q_pre), what)
     assert torch.equal(row["anchor"].long(), truth.anchor), f"{what}: anchor {row['anchor']}, not {truth.anchor}"

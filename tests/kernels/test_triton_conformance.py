@@ -1,0 +1,34 @@
+"""The Triton backend against the kit: interpreted on tiny shapes, and over all pairs of shapes on a GPU.
+
+The interpreter's bf16 dot product is wrong up to Triton 3.9 (it multiplies the bit patterns), so bf16 is left to the GPU.
+"""
+
+import os
+from typing import ClassVar
+
+import pytest
+import torch
+
+from mac_kernels import MacConfig
+from mac_kernels.testing.conformance import CONFIGS, PAIRWISE_CASES, SMALL_CASES, Case, DecodeConformance
+
+interpreted = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1", reason="runs where TRITON_INTERPRET=1 (make test sets it)"
+)
+
+
+@interpreted
+class TestTritonInterpreted(DecodeConformance):
+    backend = "triton"
+    cases = SMALL_CASES[:2]
+    rules: ClassVar[dict[str, MacConfig]] = {name: CONFIGS[name] for name in ("head", "group", "bound", "nominees")}
+    steps, rule_steps, chain_steps = 3, 12, 24
+
+
+@pytest.mark.gpu
+class TestTritonGpu(DecodeConformance):
+    backend = "triton"
+    device = "cuda"
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    cases = (*PAIRWISE_CASES, Case(head_dim=192, group=7, page_size=5), Case(head_dim=80, group=12, page_size=5))
+    capturable = True
