@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from .config import MacConfig
-from .errors import InputError, PlanError, UnsupportedError
+from .errors import InputError, PlanError
 from .paged import SUPPORTED_DTYPES, PagedKV, PageTable
 from .ring import RingPool, check_slots
 from .rope import Rope
 from .step import reference_step
-from .support import BACKENDS, Backend, choose_backend, unsupported_reasons
+from .support import BACKENDS, Backend, resolve_backend
 from .types import HeadLayout, KVLayout, StepTrace
 
 if TYPE_CHECKING:
@@ -154,13 +154,7 @@ class BatchMacDecodeWithPagedKVCacheWrapper:
             config = dataclasses.replace(config, correction=False)
             notes = ("correction off: its derivative does not hold under a logits soft-cap",)
         device = indptr.device
-        if self._backend == "auto":
-            backend, why, rejected = choose_backend(config, layout, device)
-        else:
-            backend, why, rejected = self._backend, "named by the caller", {}
-            reasons = unsupported_reasons(backend, config, layout, device)
-            if reasons:
-                raise UnsupportedError(f"backend {backend!r}", reasons, "Use backend='auto'.")
+        backend, why, rejected = resolve_backend(self._backend, config, layout, device)
         longest = max(int(table.kv_len().max()) if table.batch_size else 1, 1)
         if max_kv_len is not None and max_kv_len < longest:
             raise InputError(f"max_kv_len={max_kv_len} must be >= {longest}, the longest request of this plan")

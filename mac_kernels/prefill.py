@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Literal
 
 import torch
 
@@ -13,6 +14,7 @@ from .errors import InputError
 from .paged import SUPPORTED_DTYPES, PagedKV
 from .ring import RingPool, check_slots
 from .rope import Rope
+from .support import Backend, resolve_backend
 from .types import AttnState, covered_end
 
 _QUERIES_PER_BLOCK = 64  # bounds the logits that are held at once
@@ -31,6 +33,8 @@ def fill_rings(
     config: MacConfig | None = None,
     sm_scale: float | None = None,
     logits_soft_cap: float = 0.0,
+    max_kv_len: int | None = None,
+    backend: Literal["auto"] | Backend = "auto",
 ) -> None:
     """Store exact states for the last ``W`` queries of every request of a prefill chunk.
 
@@ -47,18 +51,45 @@ def fill_rings(
         Keys and values, those of the chunk included.
     rings, layer, slots, generations, rope, config, sm_scale, logits_soft_cap
         As for :meth:`BatchMacDecodeWithPagedKVCacheWrapper.run`.
+    max_kv_len : int, optional, tokens
+        Upper bound of the context. Without it a GPU backend asks the device (a host sync).
+    backend : {"auto", "triton", "reference"}, default "auto"
+        As for the decode wrapper.
 
     Raises
     ------
     InputError
         If shapes or lengths disagree, or the rings do not fit.
+    UnsupportedError
+        If the named backend cannot run the configuration.
     """
     config = MacConfig() if config is None else config
     sm_scale = 1 / math.sqrt(kv.layout.head_dim) if sm_scale is None else sm_scale
     rings.check_fits(layer, kv.layout, config)
-    _check_queries(q, qo_indptr, kv)
     check_slots(slots, generations, kv.table.batch_size)
-    kv.table.check(num_pages=kv.k_cache.shape[0])
+    chosen = resolve_backend(backend, config, kv.layout, q.device)[0]
+    _check_shapes(q, qo_indptr, kv)
+    if q.device.type == "cpu":  # on a GPU this would sync; there the lengths are the caller's to keep right
+        _check_lengths(q, qo_indptr, kv)
+        kv.table.check(num_pages=kv.k_cache.shape[0])
+    if chosen == "triton":
+        from .fused_fill import fused_fill  # imports triton, which the reference backend does not need
+
+        fused_fill(
+            q,
+            qo_indptr,
+            kv,
+            rings,
+            layer=layer,
+            slots=slots,
+            generations=generations,
+            config=config,
+            rope=rope,
+            sm_scale=sm_scale,
+            logits_soft_cap=logits_soft_cap,
+            max_kv_len=int(kv.table.kv_len().max()) if max_kv_len is None else max_kv_len,
+        )
+        return
     ring = rings.lookup(slots, generations)
     kv_len = kv.table.kv_len()
     for request, (begin, end) in enumerate(zip(qo_indptr[:-1].tolist(), qo_indptr[1:].tolist(), strict=True)):
@@ -122,21 +153,24 @@ def _states(
     return AttnState(by_query(state.out), by_query(state.lse2), None if state.kbar is None else by_query(state.kbar))
 
 
-def _check_queries(q: torch.Tensor, qo_indptr: torch.Tensor, kv: PagedKV) -> None:
+def _check_shapes(q: torch.Tensor, qo_indptr: torch.Tensor, kv: PagedKV) -> None:
     if qo_indptr.shape != (kv.table.batch_size + 1,):
         raise InputError(
             f"qo_indptr must be [{kv.table.batch_size + 1}] for {kv.table.batch_size} requests, "
             f"got {list(qo_indptr.shape)}"
         )
-    bounds = qo_indptr.tolist()
-    if bounds[0] != 0 or bounds[-1] != q.shape[0] or any(b < a for a, b in itertools.pairwise(bounds)):
-        raise InputError(
-            f"qo_indptr must rise from 0 to the {q.shape[0]} rows of q, got {bounds[0]} .. {bounds[-1]}; check lengths"
-        )
     if q.shape[1:] != (kv.layout.num_qo_heads, kv.layout.head_dim) or q.dtype not in SUPPORTED_DTYPES:
         raise InputError(
             f"q must be [nnz_q, {kv.layout.num_qo_heads}, {kv.layout.head_dim}] in fp32, bf16 or fp16, "
             f"got {list(q.shape)} {q.dtype}; check the layout"
+        )
+
+
+def _check_lengths(q: torch.Tensor, qo_indptr: torch.Tensor, kv: PagedKV) -> None:
+    bounds = qo_indptr.tolist()
+    if bounds[0] != 0 or bounds[-1] != q.shape[0] or any(b < a for a, b in itertools.pairwise(bounds)):
+        raise InputError(
+            f"qo_indptr must rise from 0 to the {q.shape[0]} rows of q, got {bounds[0]} .. {bounds[-1]}; check lengths"
         )
     for request, length in enumerate(kv.table.kv_len().tolist()):
         if bounds[request + 1] - bounds[request] > length:

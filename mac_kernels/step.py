@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Protocol
 
 import torch
@@ -51,10 +52,10 @@ def reference_step(
     kv_len = kv.table.kv_len()
     position = kv_len - 1
     stop = covered_end(position, band=config.band, sinks=config.sinks)
-    scale = {"sm_scale": sm_scale, "logits_soft_cap": logits_soft_cap}
+    attend = functools.partial(partial_attention, sm_scale=sm_scale, logits_soft_cap=logits_soft_cap)
     heads = torch.ones_like(q[..., 0], dtype=torch.int64)
-    sink = partial_attention(q, kv, 0 * heads, torch.full_like(stop, config.sinks), **scale)
-    band = partial_attention(q, kv, stop[:, None] * heads, kv_len, **scale)
+    sink = attend(q, kv, 0 * heads, torch.full_like(stop, config.sinks))
+    band = attend(q, kv, stop[:, None] * heads, kv_len)
     always = merge_state(sink, band)
 
     q_pre = rope.unrotate(q, position)
@@ -76,7 +77,7 @@ def reference_step(
 
     matched_end = covered_end(match.pos, band=config.band, sinks=config.sinks)
     start = torch.where(reuse, matched_end, config.sinks)
-    rest = partial_attention(q, kv, start, stop, return_kbar=rings.correction, **scale)
+    rest = attend(q, kv, start, stop, return_kbar=rings.correction)
     if rest.kbar is not None:
         rest = rest._replace(kbar=rope.pull_back(rest.kbar, position))
     row = merge_state(_masked(candidate, reuse), rest)

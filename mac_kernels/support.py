@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 
 from .config import PRESETS, MacConfig
+from .errors import UnsupportedError
 from .types import HeadLayout
 
 Backend = Literal["triton", "reference"]
@@ -35,6 +36,24 @@ def choose_backend(
             return backend, f"the fastest backend that supports this on {device.type}", rejected
         rejected[backend] = reasons
     raise AssertionError("the reference backend supports everything that MacConfig and HeadLayout allow")
+
+
+def resolve_backend(
+    backend: Literal["auto"] | Backend, config: MacConfig, layout: HeadLayout, device: torch.device
+) -> tuple[Backend, str, dict[str, tuple[str, ...]]]:
+    """:func:`choose_backend` for ``"auto"``, otherwise the named one.
+
+    Raises
+    ------
+    UnsupportedError
+        If the named backend cannot run this; it lists every reason.
+    """
+    if backend == "auto":
+        return choose_backend(config, layout, device)
+    reasons = unsupported_reasons(backend, config, layout, device)
+    if reasons:
+        raise UnsupportedError(f"backend {backend!r}", reasons, "Use backend='auto'.")
+    return backend, "named by the caller", {}
 
 
 def _triton_reasons(config: MacConfig, layout: HeadLayout, device: torch.device) -> tuple[str, ...]:

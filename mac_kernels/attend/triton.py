@@ -13,8 +13,9 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 @triton.jit
 def attend_tiles(
-    q,  # [BLOCK_M, BLOCK_D], the heads of one kv group padded to the tensor cores' 16 rows
-    head_start,  # [BLOCK_M] first position of every head
+    q,  # [BLOCK_M, BLOCK_D]: the heads of one kv group padded to the tensor cores' 16 rows, or prompt positions
+    row_start,  # [BLOCK_M] first position that a row sees
+    row_stop,  # [BLOCK_M] and the first that it does not
     low,
     high,
     jump_at,  # entries from here on ...
@@ -60,7 +61,7 @@ def attend_tiles(
             logits = (soft_cap * 1.4426950408889634) * (1.0 - 2.0 / (tl.exp2(2.0 * x) + 1.0))
         else:
             logits = logits * logit_scale
-        visible = mask_n[None, :] & (position[None, :] >= head_start[:, None])
+        visible = mask_n[None, :] & (position[None, :] >= row_start[:, None]) & (position[None, :] < row_stop[:, None])
         logits = tl.where(visible, logits, float("-inf"))
         new_max = tl.maximum(row_max, tl.max(logits, 1))
         safe = tl.where(new_max == float("-inf"), 0.0, new_max)
@@ -183,7 +184,7 @@ def rest_kernel(
         q = tl.load(q_group + head[:, None] * stride_qh + offs_d[None, :], mask=mask, other=0.0)
         start = tl.load(decision_int_ptr + group * (3 * GROUP) + head, mask=mask_h, other=2147483647)
         out, lse, key = attend_tiles(
-            q, start,
+            q, start, tl.full([BLOCK_M], 2147483647, tl.int32),
             low + (run - begin_tile) * BLOCK_N,
             tl.minimum(low + (stop_tile - begin_tile) * BLOCK_N, high), 2147483647, 0,
             k_ptr + kv_head.to(tl.int64) * stride_kh,

@@ -12,7 +12,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ..attend.triton import attend_tiles
-from ..complete.triton import load_unrotated, quantize_image, rotation_at, sketch_image
+from ..device import load_unrotated, position_of, quantize_image, ring_of, rotation_at, sketch_image
 
 # Reason codes of mac_kernels.types.Reason
 _HIT = tl.constexpr(0)
@@ -141,24 +141,6 @@ def nominate(
 
 
 @triton.jit
-def position_of(request, indptr_ptr, last_page_len_ptr, PAGE_SIZE: tl.constexpr):
-    """Position of a request's newest token, -1 if it has none, and where its pages begin."""
-    first_page = tl.load(indptr_ptr + request)
-    pages = tl.load(indptr_ptr + request + 1) - first_page
-    last = tl.load(last_page_len_ptr + request)
-    return tl.where(pages > 0, (pages - 1) * PAGE_SIZE + last, 0) - 1, first_page
-
-
-@triton.jit
-def ring_of(request, slots_ptr, generations_ptr, slot_table_ptr, ring_generation_ptr, num_slots):
-    """The slot's ring, -1 if it has none, and whether it belongs to this generation of the request."""
-    slot = tl.load(slots_ptr + request)
-    ring = tl.load(slot_table_ptr + slot, mask=(slot >= 0) & (slot < num_slots), other=-1)
-    generation = tl.load(ring_generation_ptr + ring, mask=ring >= 0, other=-1)
-    return ring, (ring >= 0) & (generation == tl.load(generations_ptr + request))
-
-
-@triton.jit
 def scout_kernel(
     q_ptr,
     stride_qb,
@@ -247,7 +229,7 @@ def scout_kernel(
         entries = tl.minimum(SINKS, position + 1) + tl.maximum(position + 1 - stop, 0)
         per_split: tl.constexpr = (BAND + SINKS + SPLITS - 1) // SPLITS
         out, lse, _ = attend_tiles(
-            q, tl.zeros([BLOCK_M], tl.int32),
+            q, tl.zeros([BLOCK_M], tl.int32), tl.full([BLOCK_M], _NEVER, tl.int32),
             split * per_split, tl.minimum((split + 1) * per_split, entries), SINKS, stop - SINKS,
             k_ptr + kv_head.to(tl.int64) * stride_kh, v_ptr + kv_head.to(tl.int64) * stride_vh,
             indices_ptr + first_page, stride_kp, stride_kt, stride_vp, stride_vt, logit_scale, soft_cap,

@@ -141,21 +141,22 @@ class Boundaries(Kit):
                 session.step_random()
 
     def test_snapshot_restores_a_prefix(self) -> None:
-        """A ring restored up to a position matches only what lies before it."""
-        session = self.session(batch=2, capacity=60)
-        session.prefill_random(30, 30)
-        snapshot = session.rings.snapshot(session.slots[0])
-        session.k[1], session.v[1] = session.k[0], session.v[0]
-        session.lengths[1] = 0
-        session.append(1, 26)
-        session.rings.restore(session.slots[1], snapshot, generation=session.generations[1], up_to=26)
-        for oracle, donor in ((session.truth[1], session.truth[0]), (session.plain[1], session.plain[0])):
-            oracle.rows = {t: row for t, row in donor.rows.items() if t < 26}
-        beyond = session.queries[0][28]
-        result = session.step(beyond[None], requests=(1,))
-        assert bool((result.trace.matched_pos < 26).all())
-        result = session.step(session.queries[0][25][None], requests=(1,))
-        assert result.matched == {25}
+        """A ring restored up to a position, or into a shorter context, matches only what lies before it."""
+        for up_to in (26, None):
+            session = self.session(batch=2, capacity=60)
+            session.prefill_random(30, 30)
+            snapshot = session.rings.snapshot(session.slots[0])
+            session.k[1], session.v[1] = session.k[0], session.v[0]
+            session.lengths[1] = 0
+            session.append(1, 26)
+            session.rings.restore(session.slots[1], snapshot, generation=session.generations[1], up_to=up_to)
+            for oracle, donor in ((session.truth[1], session.truth[0]), (session.plain[1], session.plain[0])):
+                oracle.rows = {t: row for t, row in donor.rows.items() if t < 26}
+            beyond = session.queries[0][28]
+            result = session.step(beyond[None], requests=(1,))
+            assert max(result.matched) < 26
+            result = session.step(session.queries[0][25][None], requests=(1,))
+            assert result.matched == {25}
 
     def rules_window(self) -> int:
         """Window of the first rule."""

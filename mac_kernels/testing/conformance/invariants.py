@@ -21,8 +21,8 @@ class Invariants(Kit):
         session = self.session(case, dtype=dtype, batch=2, capacity=40 + self.steps)
         session.prefill_random(29, 37)
         assert session.check_rows(0) == session.check_rows(1) == session.config.window
-        for _ in range(self.steps):
-            session.step_random()
+        for revisit in (1.0, 0.0, *[0.75] * (self.steps - 2)):
+            session.step_random(revisit=revisit)
         assert session.check_rows(0) == session.check_rows(1) == session.config.window
         assert 0 < session.hits[0] < session.hits[1], f"hits and misses must both occur, got {session.hits}"
 

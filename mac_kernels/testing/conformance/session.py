@@ -276,10 +276,12 @@ class Session:
                     query[head] = c * history[t - lag][head] + (1 - c * c).sqrt() * query[head]
         return query
 
-    def step_random(self, requests: Sequence[int] | None = None, *, check: bool = True) -> StepResult:
+    def step_random(
+        self, requests: Sequence[int] | None = None, *, revisit: float = 0.75, check: bool = True
+    ) -> StepResult:
         """:meth:`step` with :meth:`next_query`."""
         chosen = range(len(self.lengths)) if requests is None else requests
-        return self.step(torch.stack([self.next_query(r) for r in chosen]), requests, check=check)
+        return self.step(torch.stack([self.next_query(r, revisit=revisit) for r in chosen]), requests, check=check)
 
     def _plan(self, table: PageTable) -> None:
         self.wrapper.plan(

@@ -1,0 +1,103 @@
+"""What the kernels share: a request's position and ring, its query before RoPE, the sketch of it."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def position_of(request, indptr_ptr, last_page_len_ptr, PAGE_SIZE: tl.constexpr):
+    """Position of a request's newest token, -1 if it has none, and where its pages begin."""
+    first_page = tl.load(indptr_ptr + request)
+    pages = tl.load(indptr_ptr + request + 1) - first_page
+    last = tl.load(last_page_len_ptr + request)
+    return tl.where(pages > 0, (pages - 1) * PAGE_SIZE + last, 0) - 1, first_page
+
+
+@triton.jit
+def ring_of(request, slots_ptr, generations_ptr, slot_table_ptr, ring_generation_ptr, num_slots):
+    """The slot's ring, -1 if it has none, and whether it belongs to this generation of the request."""
+    slot = tl.load(slots_ptr + request)
+    ring = tl.load(slot_table_ptr + slot, mask=(slot >= 0) & (slot < num_slots), other=-1)
+    generation = tl.load(ring_generation_ptr + ring, mask=ring >= 0, other=-1)
+    return ring, (ring >= 0) & (generation == tl.load(generations_ptr + request))
+
+
+@triton.jit
+def partner_of(offs_d, ROTARY_DIM: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """The dimension that the rotation mixes into each one, and the sign of sin in the inverse rotation."""
+    if INTERLEAVED:
+        other = offs_d ^ 1
+        sign = tl.where(offs_d % 2 == 0, 1.0, -1.0)
+        angle = offs_d // 2
+    else:
+        half: tl.constexpr = ROTARY_DIM // 2
+        other = tl.where(offs_d < half, offs_d + half, offs_d - half)
+        sign = tl.where(offs_d < half, 1.0, -1.0)
+        angle = offs_d % half
+    rotated = offs_d < ROTARY_DIM
+    return tl.where(rotated, other, offs_d), sign, tl.where(rotated, angle, 0), rotated
+
+
+@triton.jit
+def rotation_at(cos_sin_ptr, position, offs_d, ROTARY_DIM: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """Per dimension: partner, cos, and signed sin of the transposed rotation (1 and 0 where nothing is rotated)."""
+    other, sign, angle, rotated = partner_of(offs_d, ROTARY_DIM, INTERLEAVED)
+    row = cos_sin_ptr + tl.maximum(position, 0).to(tl.int64) * ROTARY_DIM  # -1: a request without tokens
+    cos = tl.load(row + angle, mask=rotated, other=1.0)
+    sin = tl.load(row + ROTARY_DIM // 2 + angle, mask=rotated, other=0.0)
+    return other, cos, sin * sign
+
+
+@triton.jit
+def load_unrotated(
+    q_ptr,  # first head of the group
+    stride_h,
+    head,
+    offs_d,
+    mask,
+    other,
+    cos,
+    sin,
+):
+    """Queries before RoPE, fp32: the inverse rotation is the transpose over the squared magnitude."""
+    x = tl.load(q_ptr + head * stride_h + offs_d, mask=mask, other=0.0).to(tl.float32)
+    y = tl.load(q_ptr + head * stride_h + other, mask=mask, other=0.0).to(tl.float32)
+    return (x * cos + y * sin) / (cos * cos + sin * sin)
+
+
+@triton.jit
+def quantize_image(image):
+    """8-bit codes (as fp32) and scale, as the reference rounds them up to ties."""
+    scale = tl.maximum(tl.max(tl.abs(image), 0), 1e-30) / 127.0
+    codes = tl.floor(image / scale + 0.5)
+    return tl.minimum(tl.maximum(codes, -127.0), 127.0), scale
+
+
+@triton.jit
+def sketch_image(
+    q_ptr,
+    stride_h,
+    cos_sin_ptr,
+    position,
+    index_ptr,
+    sign_ptr,
+    HEAD_DIM: tl.constexpr,
+    ROTARY_DIM: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    TERMS: tl.constexpr,
+    SKETCH_DIM: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Signed sums of the group's pre-RoPE queries, [BLOCK_K] fp32."""
+    offs_t = tl.arange(0, BLOCK_T)[:, None]
+    offs_k = tl.arange(0, BLOCK_K)[None, :]
+    mask = (offs_t < TERMS) & (offs_k < SKETCH_DIM)
+    index = tl.load(index_ptr + offs_t * SKETCH_DIM + offs_k, mask=mask, other=0)
+    sign = tl.load(sign_ptr + offs_t * SKETCH_DIM + offs_k, mask=mask, other=0.0)
+    dim = index % HEAD_DIM
+    other, cos, sin = rotation_at(cos_sin_ptr, position, dim, ROTARY_DIM, INTERLEAVED)
+    value = load_unrotated(q_ptr, stride_h, index // HEAD_DIM, dim, mask, other, cos, sin)
+    return tl.sum(value * sign, 0)
