@@ -60,8 +60,8 @@ class BatchMacDecodeWithPagedKVCacheWrapper:
     kv_layout : {"NHD", "HND"}, default "NHD"
         ``[num_pages, page_size, Hkv, D]`` or ``[num_pages, Hkv, page_size, D]``.
     backend : {"auto", "triton", "reference"}, default "auto"
-        ``"triton"``: two fused launches on an NVIDIA GPU, capturable in a CUDA graph. ``"reference"``: plain torch on any
-        device, the specification.
+        ``"triton"``: two fused launches on an NVIDIA GPU, capturable in a CUDA graph. ``"reference"``: plain torch on
+        any device, the specification.
 
     Raises
     ------

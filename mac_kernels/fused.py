@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -11,8 +11,10 @@ import triton
 from .attend.triton import rest_kernel
 from .complete.triton import complete_kernel
 from .config import MacConfig
+from .launch import LaunchParams, block_n, default_launch
 from .match.accept import distance_cap
-from .match.triton import decide_kernel, scout_kernel
+from .match.triton import scout_kernel
+from .match.triton_decide import decide_kernel
 from .paged import PagedKV, PageTable
 from .ring import RingPool
 from .rope import Rope
@@ -20,39 +22,6 @@ from .types import LOG2_E, HeadLayout, StepTrace
 
 _INT32_MAX = 2**31 - 1
 _FIELDS = 8  # per kv group: low, high, position, ring, reuse, anchor, reason, head hits as bits
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LaunchParams:
-    """Launch parameters of the kernels; the defaults are safe on every GPU that the backend supports.
-
-    Scout: ``splits`` programs per kv group scan the ring, ``block_rows`` rows at a time, as many attend to band and sinks,
-    ``scout_block_n`` keys at a time. Decide: one program per kv group. Rest: ``programs_per_sm``, ``block_n`` keys per
-    tile. Complete: ``block_parts`` parts merged at once. Warps and stages as in Triton.
-    """
-
-    splits: int = 1
-    scout_block_n: int = 64
-    scout_warps: int = 4
-    scout_stages: int = 2
-    block_rows: int = 64
-    decide_warps: int = 4
-    programs_per_sm: int = 2
-    block_n: int = 64
-    num_warps: int = 4
-    num_stages: int = 3
-    block_parts: int = 16
-    complete_warps: int = 4
-
-
-def default_launch(num_groups: int, config: MacConfig, num_sms: int) -> LaunchParams:
-    """Enough splits to give every SM two programs of the first launch, at least 32 band tokens each."""
-    most = max(1, min(8, config.band // 32))
-    splits = 1
-    while splits * 2 <= most and num_groups * splits * 4 <= 2 * num_sms:
-        splits *= 2
-    per_split = -(-(config.band + config.sinks) // splits)
-    return LaunchParams(splits=splits, scout_block_n=max(16, min(64, triton.next_power_of_2(per_split))))
 
 
 class FusedStep:
@@ -130,29 +99,9 @@ class FusedStep:
         strides = tuple(cache.stride(axis) for cache in (k, v) for axis in (0, token_axis, head_axis))
         dim, group = layout.head_dim, layout.group_size
         terms, sketch_dim = sketch.index.shape
-        block_g = triton.next_power_of_2(group)
-        heads = {
-            "NUM_KV_HEADS": layout.num_kv_heads,
-            "GROUP": group,
-            "HEAD_DIM": dim,
-            "BLOCK_D": max(16, triton.next_power_of_2(dim)),
-            "PDL": self._pdl,
-            **({"launch_pdl": True} if self._pdl else {}),
-        }
-        attend = {
-            "BLOCK_M": max(16, block_g),
-            "SOFT_CAP": self._soft_cap > 0,
-            "PAGE_SIZE": kv.table.page_size,
-            "PRECISION": "ieee" if k.dtype == torch.float32 else "tf32",
-        }
-        rotation = {"ROTARY_DIM": self._rotary_dim, "INTERLEAVED": self._interleaved}
-        ring = {"WINDOW": config.window, "SPLITS": launch.splits}
-        ranges = {
-            "BAND": config.band,
-            "SINKS": config.sinks,
-            "BLOCK_W": triton.next_power_of_2(config.window),
-            "BLOCK_G": block_g,
-        }
+        heads, attend, ring, ranges, rotation = self._constants(kv)
+        block_g, block_d = ranges["BLOCK_G"], heads["BLOCK_D"]
+        per_split = -(-(config.band + config.sinks) // launch.splits)
         owner = (slots, generations, rings.slot_table, rings.ring_generation, rings.num_slots)
         block_splits = triton.next_power_of_2(launch.splits)
         nominees = config.nominees or 1
@@ -165,7 +114,8 @@ class FusedStep:
             self._logit_scale, self._soft_cap,
             TERMS=terms, SKETCH_DIM=sketch_dim,
             BLOCK_T=triton.next_power_of_2(terms), BLOCK_K=triton.next_power_of_2(sketch_dim),
-            BLOCK_R=launch.block_rows, BLOCK_N=launch.scout_block_n, STAGES=launch.scout_stages,
+            BLOCK_R=launch.block_rows, STAGES=launch.scout_stages,
+            BLOCK_N=block_n(launch.scout_tile_bytes, block_d, k.element_size(), triton.next_power_of_2(per_split)),
             num_warps=launch.scout_warps, **heads, **attend, **ring, **ranges, **rotation,
         )  # fmt: skip
         decide_kernel[(self._groups,)](
@@ -184,8 +134,9 @@ class FusedStep:
             q, q.stride(0), q.stride(1), k, v, *strides, kv.table.indptr, kv.table.indices,
             self._int, self._info, self._parts, self._part_out, self._part_key, self._part_lse,
             self._logit_scale, self._soft_cap, self._groups, self.programs,
-            KBAR=rings.correction, BLOCK_N=launch.block_n, BLOCK_GROUPS=triton.next_power_of_2(self._groups),
-            STAGES=launch.num_stages, num_warps=launch.num_warps, **heads, **attend,
+            KBAR=rings.correction, BLOCK_N=block_n(launch.rest_tile_bytes, block_d, k.element_size()),
+            BLOCK_GROUPS=triton.next_power_of_2(self._groups), STAGES=launch.rest_stages, num_warps=launch.rest_warps,
+            **heads, **attend,
         )  # fmt: skip
         complete_kernel[(self._groups * group,)](
             out, out.stride(0), out.stride(1), self._int, self._float, self._info, self._parts,
@@ -194,6 +145,34 @@ class FusedStep:
             NUM_QO_HEADS=layout.num_qo_heads, BLOCK_SPLITS=block_splits, BLOCK_P=launch.block_parts,
             KBAR=rings.correction, num_warps=launch.complete_warps, **heads, **ring, **rotation,
         )  # fmt: skip
+
+    def _constants(self, kv: PagedKV) -> tuple[dict[str, Any], ...]:
+        """Compile-time constants by what they describe: heads, attention, ring, ranges, rotation."""
+        config, layout, launch = self._config, self._layout, self.launch
+        block_g = triton.next_power_of_2(layout.group_size)
+        heads = {
+            "NUM_KV_HEADS": layout.num_kv_heads,
+            "GROUP": layout.group_size,
+            "HEAD_DIM": layout.head_dim,
+            "BLOCK_D": max(16, triton.next_power_of_2(layout.head_dim)),
+            "PDL": self._pdl,
+            **({"launch_pdl": True} if self._pdl else {}),
+        }
+        attend = {
+            "BLOCK_M": max(16, block_g),
+            "SOFT_CAP": self._soft_cap > 0,
+            "PAGE_SIZE": kv.table.page_size,
+            "PRECISION": "ieee" if kv.k_cache.dtype == torch.float32 else "tf32",
+        }
+        rotation = {"ROTARY_DIM": self._rotary_dim, "INTERLEAVED": self._interleaved}
+        ring = {"WINDOW": config.window, "SPLITS": launch.splits}
+        ranges = {
+            "BAND": config.band,
+            "SINKS": config.sinks,
+            "BLOCK_W": triton.next_power_of_2(config.window),
+            "BLOCK_G": block_g,
+        }
+        return heads, attend, ring, ranges, rotation
 
     def trace(self) -> StepTrace:
         """What the last run decided (views and small copies on the device)."""

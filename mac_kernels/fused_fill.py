@@ -28,11 +28,12 @@ def fused_fill(
     logits_soft_cap: float,
     max_kv_len: int,
 ) -> None:
-    """As :func:`mac_kernels.fill_rings`, without a host sync; allocates one fp32 scratch of a ring's mean keys a request."""
+    """As :func:`mac_kernels.fill_rings`, without a host sync; allocates fp32 scratch of one ring's keys a request."""
     layout, table = kv.layout, kv.table
     dim, group, batch = layout.head_dim, layout.group_size, table.batch_size
     field = {name: tensor[layer] for name, tensor in rings.fields.items()}
     key = field["kbar"] if rings.correction else field["out"]
+    qo_indptr = qo_indptr.to(q.device)
     sketch = rings.sketch
     assert sketch is not None  # check_fits() refused pools without one
     terms, sketch_dim = sketch.index.shape

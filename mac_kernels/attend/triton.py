@@ -144,8 +144,8 @@ def rest_kernel(
     """Attend to the rest ``[start, E)`` of every group. Grid: ``(num_programs,)``, fixed.
 
     A group's state arrives in parts, one per program that shares it. Parts are numbered in the order of the tiles:
-    program ``p`` writes its part of group ``g`` to slot ``p + g``, which no other pair has, and whoever holds the group's
-    first tile notes the first slot and their number.
+    program ``p`` writes its part of group ``g`` to slot ``p + g``, which no other pair has, and whoever holds the
+    group's first tile notes the first slot and their number.
     """
     program = tl.program_id(0)
     if PDL:

@@ -91,9 +91,7 @@ def fill_kernel(
             at = ((request * NUM_QO_HEADS + qo_head).to(tl.int64) * WINDOW + age) * HEAD_DIM
             tl.store(scratch_ptr + at[:, None] + offs_d[None, :], key_mean, mask=mask)
             tl.debug_barrier()
-            other, cos, sin = rotation_at(
-                cos_sin_ptr, position[:, None], offs_d[None, :], ROTARY_DIM, INTERLEAVED
-            )
+            other, cos, sin = rotation_at(cos_sin_ptr, position[:, None], offs_d[None, :], ROTARY_DIM, INTERLEAVED)
             direct = tl.load(scratch_ptr + at[:, None] + offs_d[None, :], mask=mask, other=0.0)
             crossed = tl.load(scratch_ptr + at[:, None] + other, mask=mask, other=0.0)
             key = direct * cos + crossed * sin

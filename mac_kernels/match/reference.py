@@ -68,9 +68,7 @@ def _first_newest(distance: torch.Tensor, pos: torch.Tensor) -> torch.Tensor:
     return torch.where(tied, pos[:, :, None], -2).argmax(dim=1)
 
 
-def _nominate(
-    distance: torch.Tensor, allowed: torch.Tensor, lag: torch.Tensor, config: MacConfig
-) -> torch.Tensor:
+def _nominate(distance: torch.Tensor, allowed: torch.Tensor, lag: torch.Tensor, config: MacConfig) -> torch.Tensor:
     """The nominated rows per kv group, [B, W, Hkv] bool: smallest squared sketch distance, newest among equals.
 
     Distances are compared to the bits that leave room for the lag in a 32-bit key, because the kernels sort such keys.

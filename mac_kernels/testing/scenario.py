@@ -145,6 +145,7 @@ def plant_step(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     seed: int = 0,
+    store: PagedStore | None = None,
 ) -> Scenario:
     """Build a decode step in which chosen kv groups hit and the others narrowly miss.
 
@@ -175,6 +176,9 @@ def plant_step(
         benchmarks where only their cost counts.
     num_layers, page_size, kv_layout, dtype, device, seed
         Of rings, cache, queries and random numbers. Every layer gets the same rows.
+    store : PagedStore, optional
+        A filled cache to plant in again (its first keys are rewritten under an influence bound): filling one for a long
+        context takes longer than the benchmark. Default: a new one with random keys and values.
 
     Raises
     ------
@@ -200,7 +204,10 @@ def plant_step(
     query = torch.randn(batch, heads, dim, generator=noise, device=device)
     q = rope.rotate(query, position).to(dtype)
     query = rope.unrotate(q, position)
-    store = _random_store(kv_lens, layout, page_size, kv_layout, dtype, device, generator, noise)
+    if store is None:
+        store = random_store(
+            kv_lens, layout, page_size=page_size, kv_layout=kv_layout, dtype=dtype, device=device, seed=seed
+        )
     kv = store.kv(store.table(kv_lens))
 
     rings = RingPool(
@@ -276,16 +283,18 @@ def _uniform(shape: Sequence[int], between: tuple[float, float], generator: torc
     return between[0] + (between[1] - between[0]) * torch.rand(tuple(shape), generator=generator)
 
 
-def _random_store(
+def random_store(
     kv_lens: Sequence[int],
     layout: HeadLayout,
-    page_size: int,
-    kv_layout: KVLayout,
-    dtype: torch.dtype,
-    device: torch.device | str,
-    generator: torch.Generator,
-    noise: torch.Generator,
+    *,
+    page_size: int = 16,
+    kv_layout: KVLayout = "NHD",
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
 ) -> PagedStore:
+    """A cache with random keys and values of unit variance for every request."""
+    generator, noise = torch.Generator().manual_seed(seed), torch.Generator(device=device).manual_seed(seed)
     store = PagedStore(
         len(kv_lens),
         max(kv_lens),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ...rope import Rope
 from ...types import Reason
 from .base import Kit
 from .cases import variant
@@ -39,6 +40,20 @@ class Boundaries(Kit):
         result = session.step(self._query_of_lag(session, window), check=True)
         assert bool((result.trace.matched_pos != result.positions[0] - window).all())
         assert not bool(result.trace.hit.any())
+
+    def test_threshold_one_refuses_even_an_equal_query(self) -> None:
+        """The cap is exclusive: where nothing rotates, the distance to the same query is 0, and 0 < 0 is false."""
+        half = self.cases[0].head_dim // 2
+        session = self.session(
+            config=variant(threshold=1.0),
+            rope=lambda device: Rope.from_inv_freq(torch.zeros(half, device=device)),
+            batch=1,
+            capacity=50,
+        )
+        session.prefill_random(40)
+        result = session.step(self._query_of_lag(session, 3))
+        assert result.matched == {result.positions[0] - 3}
+        assert result.reasons == {Reason.DISTANCE}
 
     def test_of_equal_rows_the_newest_matches(self) -> None:
         """Two rows at exactly the same distance."""
@@ -119,10 +134,12 @@ class Boundaries(Kit):
         assert session.step(twin).reasons == {Reason.HIT}
 
     def test_slots_out_of_range_are_misses(self) -> None:
-        """Padded batch entries carry slot -1 (or one beyond the table)."""
+        """Padded batch entries carry slot -1 (or one beyond the table), and must not reach another slot's ring."""
         session = self.session(batch=2, capacity=50)
         session.prefill_random(30, 30)
-        session.slots, session.has_ring = [-1, session.rings.num_slots], [False, False]
+        last = session.rings.num_slots - 1
+        assert session.rings.acquire(last, session.generations[0]) >= 0  # where slot -1 leads if it is taken for one
+        session.slots, session.has_ring = [-1, last + 1], [False, False]
         for _ in range(2):
             assert session.step_random().reasons == {Reason.NO_RING}
 
@@ -151,12 +168,15 @@ class Boundaries(Kit):
             session.append(1, 26)
             session.rings.restore(session.slots[1], snapshot, generation=session.generations[1], up_to=up_to)
             for oracle, donor in ((session.truth[1], session.truth[0]), (session.plain[1], session.plain[0])):
-                oracle.rows = {t: row for t, row in donor.rows.items() if t < 26}
+                oracle.rows = {t: row for t, row in donor.rows.items() if up_to is None or t < up_to}
             beyond = session.queries[0][28]
             result = session.step(beyond[None], requests=(1,))
             assert max(result.matched) < 26
             result = session.step(session.queries[0][25][None], requests=(1,))
             assert result.matched == {25}
+            session.append(1, 4)  # tokens that were not decoded: rows 28 and 29 would now be in reach
+            result = session.step(session.queries[0][29][None], requests=(1,))
+            assert max(result.matched) < 28 or up_to is None
 
     def rules_window(self) -> int:
         """Window of the first rule."""

@@ -111,7 +111,7 @@ CONFIGS: dict[str, MacConfig] = {
     "plain": variant(correction=False),
     "no-sinks": variant(sinks=0),
     "wide": variant(window=40, band=3, sinks=5),
-    "nominees": variant(nominees=4),
+    "nominees": variant(nominees=2),
 }
 """Acceptance rules that every backend must run, by name."""
 

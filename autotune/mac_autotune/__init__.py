@@ -1,0 +1,1 @@
+"""Tuning and quality measurement for mac-kernels."""

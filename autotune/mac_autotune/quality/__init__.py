@@ -1,0 +1,1 @@
+"""What reuse costs: quality of MAC against full attention on real models."""

@@ -1,0 +1,198 @@
+"""``mac-kernels eval``: measure on a real model what reuse costs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mac_kernels import InputError
+
+DEFAULT_RULES = "careful balanced fast paper newest window:careful window:balanced window:fast"
+eval_command = typer.Typer(no_args_is_help=True, help="Measure what reuse costs on a real model.")
+
+ModelOption = Annotated[
+    str | None, typer.Option(help="Model folder, .gguf file or hub id; default SmolLM2-135M-Instruct.")
+]
+DeviceOption = Annotated[str, typer.Option(help="cpu or cuda.")]
+RulesOption = Annotated[
+    str, typer.Option("--configs", help="Rules separated by blanks, e.g. 'careful tau=.6,beta=.15 window:careful'.")
+]
+OutputOption = Annotated[
+    Path | None, typer.Option(help="Table to add to; default benchmarks/results/quality/<model>.csv.")
+]
+TextsOption = Annotated[str, typer.Option("--texts", help="Of docs, code, greedy; separated by commas.")]
+PromptOption = Annotated[int, typer.Option("--prompt-tokens", min=64, help="Tokens read before decoding.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+SecondsOption = Annotated[float | None, typer.Option("--seconds", min=1.0, help="Begin nothing new after this time.")]
+
+
+@eval_command.command()
+def kl(
+    *,
+    configs: RulesOption = DEFAULT_RULES,
+    model: ModelOption = None,
+    device: DeviceOption = "cpu",
+    names: TextsOption = "docs,code,greedy",
+    prompt_tokens: PromptOption = 3600,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens decoded per text, over all passages.")] = 1024,
+    passages: Annotated[int, typer.Option(min=1, help="Passages that the tokens of a text are spread over.")] = 2,
+    output: OutputOption = None,
+    as_json: JsonOption = False,
+    seconds: SecondsOption = None,
+) -> None:
+    """Teacher-forced divergence from full attention: KL, top-1 agreement, perplexity ratio.
+
+    Example: mac-kernels eval kl --configs 'careful window:careful' --texts docs --tokens 256
+    """
+    from . import texts
+    from .rules import parse_rules
+    from .sheet import Sheet
+    from .suites import kl_suite
+
+    chosen = [name for name in texts.TEXTS if name in names.split(",")]
+    if len(chosen) != len(names.split(",")):
+        raise InputError(f"--texts {names!r} must be some of {', '.join(texts.TEXTS)}, each once")
+    rules = parse_rules(configs)
+    sheet = Sheet(model, output, as_json)
+    spread = tokens // passages * passages
+    todo = [
+        name
+        for name in chosen
+        if any(
+            not sheet.has("kl", "teacher_forced", name, rule, context=prompt_tokens, tokens=spread) for rule in rules
+        )
+    ]
+    with sheet.bench(device) as bench:
+        if todo:
+            sheet.add(
+                kl_suite(
+                    bench,
+                    rules,
+                    names=todo,
+                    prompt_tokens=prompt_tokens,
+                    tokens=spread,
+                    passages=passages,
+                    seconds=seconds,
+                )
+            )
+    sheet.show()
+
+
+@eval_command.command()
+def needle(
+    *,
+    configs: RulesOption = "careful balanced fast paper window:careful window:balanced window:fast",
+    model: ModelOption = None,
+    device: DeviceOption = "cpu",
+    tasks: Annotated[str, typer.Option(help="Tasks separated by commas.")] = (
+        "single,multi_key,multi_value,variable_tracking,common_words"
+    ),
+    modes: Annotated[str, typer.Option(help="asked: question in the prompt; decoded: question decoded, too.")] = (
+        "asked,decoded"
+    ),
+    prompt_tokens: PromptOption = 2048,
+    trials: Annotated[int, typer.Option(min=1, help="Trials to score per task, full attention being right.")] = 20,
+    rows: Annotated[int, typer.Option(min=1, help="Most sequences decoded at once (memory).")] = 16,
+    output: OutputOption = None,
+    as_json: JsonOption = False,
+    seconds: SecondsOption = None,
+) -> None:
+    """Facts hidden in a long text, asked for at its end, in the manner of RULER.
+
+    Example: mac-kernels eval needle --configs careful --tasks single --trials 5
+    """
+    from .needle import MODES, TASKS
+    from .rules import parse_rules
+    from .sheet import Sheet
+    from .suites import ANSWER_TOKENS, needle_suite
+
+    for given, known in ((tasks, TASKS), (modes, MODES)):
+        if unknown := [name for name in given.split(",") if name not in known]:
+            raise InputError(f"unknown {unknown[0]!r} in {given!r}; choose from {', '.join(known)}")
+    rules = parse_rules(configs)
+    sheet = Sheet(model, output, as_json)
+    with sheet.bench(device) as bench:
+        for task in tasks.split(","):
+            wanted = [
+                mode
+                for mode in MODES
+                if mode in modes.split(",")
+                and not all(
+                    sheet.has("needle", f"{task}/{mode}", "docs", rule, context=prompt_tokens, tokens=ANSWER_TOKENS)
+                    for rule in rules
+                )
+            ]
+            cells = needle_suite(
+                bench, rules, tasks=[task], modes=wanted, prompt_tokens=prompt_tokens, trials=trials, rows=rows,
+                seconds=sheet.left(seconds),
+            )  # fmt: skip
+            for found in cells:
+                sheet.add(found)
+    sheet.show()
+
+
+@eval_command.command()
+def sketch(
+    *,
+    model: ModelOption = None,
+    device: DeviceOption = "cpu",
+    names: TextsOption = "docs,code",
+    prompt_tokens: PromptOption = 3600,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens whose matches are replayed, per text.")] = 512,
+    nominees: Annotated[str, typer.Option(help="Nominated rows to try; separated by commas.")] = "4,8,12,16",
+    thresholds: Annotated[str, typer.Option(help="Thresholds to try; separated by commas.")] = "0.45,0.6",
+    window: Annotated[int, typer.Option(min=2, help="Ring rows.")] = 512,
+    output: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Sketch kinds of at most 128 bytes per row and kv head: how often they nominate the nearest row.
+
+    Example: mac-kernels eval sketch --texts docs --tokens 64 --nominees 8
+    """
+    from . import texts
+    from .recall import Nomination, nominations
+    from .sheet import Sheet, show_nominations
+    from .sketches import default_kinds
+
+    known: tuple[texts.PassageName, ...] = ("docs", "code")
+    chosen = [name for name in known if name in names.split(",")]
+    if len(chosen) != len(names.split(",")):
+        raise InputError(f"--texts {names!r} must be some of docs, code, each once")
+    sheet = Sheet(model, None, as_json)
+    found: dict[str, list[Nomination]] = {}
+    with sheet.bench(device) as bench:
+        from mac_transformers.intercept import layout_of
+
+        for name in chosen:
+            whole = texts.passages(bench.tokenizer, name, length=prompt_tokens + tokens)[0]
+            found[name] = nominations(
+                bench.model,
+                whole,
+                default_kinds(layout_of(bench.model)),
+                prompt_tokens=prompt_tokens,
+                window=window,
+                counts=[int(count) for count in nominees.split(",")],
+                thresholds=[float(threshold) for threshold in thresholds.split(",")],
+                progress=bench.step(f"sketch {name}"),
+            )
+    show_nominations(found, output, as_json=as_json)
+
+
+@eval_command.command()
+def plot(
+    table: Annotated[Path, typer.Argument(help="Table written by `eval kl`.")],
+    *,
+    output: Annotated[Path | None, typer.Option(help="PNG to write; default beside the table.")] = None,
+) -> None:
+    """Draw what each rule reads against what it costs.
+
+    Example: mac-kernels eval plot benchmarks/results/quality/SmolLM2-135M-Instruct.csv
+    """
+    from .csv import read
+    from .plot import plot_frontier
+
+    path = table.with_suffix(".png") if output is None else output
+    plot_frontier(read(table), path)
+    typer.echo(path)

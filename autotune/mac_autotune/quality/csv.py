@@ -1,0 +1,97 @@
+"""The tidy table of quality results: one metric a row, replaced by key, written in one go."""
+
+from __future__ import annotations
+
+import csv
+import os
+import tempfile
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from mac_kernels import InputError
+
+KEY = ("model", "suite", "task", "text", "config", "context", "tokens", "metric")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One measured number.
+
+    ``context`` and ``tokens``: prompt length and decoded tokens (per text, or per trial for needles); ``group_hit``,
+    ``head_hit``, ``kv_read`` shares in [0, 1]; ``value`` with its 95 % interval over ``n`` observations.
+    """
+
+    model: str
+    suite: str
+    task: str
+    text: str
+    config: str
+    context: int
+    tokens: int
+    group_hit: float
+    head_hit: float
+    kv_read: float
+    metric: str
+    value: float
+    ci_low: float
+    ci_high: float
+    n: int
+    commit: str
+    date: str
+    command: str
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """What makes two rows the same measurement."""
+        return tuple(str(getattr(self, name)) for name in KEY)
+
+
+_KINDS: dict[str, Callable[[str], Any]] = {
+    **dict.fromkeys(("context", "tokens", "n"), int),
+    **dict.fromkeys(("group_hit", "head_hit", "kv_read", "value", "ci_low", "ci_high"), float),
+}
+COLUMNS = tuple(field.name for field in fields(Row))
+
+
+def read(path: Path) -> list[Row]:
+    """Read a table; a missing file is an empty one.
+
+    Raises
+    ------
+    InputError
+        If the columns are not those of :class:`Row`.
+    """
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        if tuple(reader.fieldnames or ()) != COLUMNS:
+            raise InputError(
+                f"{path} has columns {reader.fieldnames}, expected {list(COLUMNS)}; choose another --output"
+            )
+        return [Row(**{name: _KINDS.get(name, str)(value) for name, value in line.items()}) for line in reader]
+
+
+def upsert(path: Path, rows: Iterable[Row]) -> None:
+    """Replace the rows of equal key, add the others, sort, and swap the file in whole."""
+    table = {row.key: row for row in read(path)}
+    table |= {row.key: row for row in rows}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+    try:
+        with os.fdopen(handle, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+            writer.writeheader()
+            for _, row in sorted(table.items()):
+                writer.writerow({name: _plain(value) for name, value in asdict(row).items()})
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
+
+
+def _plain(value: object) -> object:
+    return f"{value:.6g}" if isinstance(value, float) else value

@@ -1,0 +1,130 @@
+"""Readable names of policies: ``careful``, ``tau=.6,beta=.15``, ``fast,rows=int8``, ``newest``, ``window:careful``."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+from mac_kernels import PRESETS, ConfigError, MacConfig, find_match
+from mac_kernels.step import FindMatch
+from mac_transformers.policies import Mac, Policy, Window, find_newest
+
+from .rounding import STORED, rounding_pool
+from .sketches import SketchedMatch, SketchKind
+
+ALIASES = {
+    "tau": "threshold",
+    "beta": "influence",
+    "W": "window",
+    "S": "band",
+    "F": "sinks",
+    "scope": "match_scope",
+    "age": "max_age",
+    "context": "min_context",
+    "k": "nominees",
+    "loaded_exact": "recompute_loaded_groups",
+}
+_FORMATS = {"rows": STORED, "q": ("q_pre",), "o": ("out",), "g": ("kbar",)}
+_WORDS = {"none": None, "on": True, "off": False}
+
+
+def parse_rule(text: str) -> Policy:
+    """Turn a rule into a policy.
+
+    A rule is a preset (or ``newest``, the control that takes the newest row under the threshold), then ``key=value``
+    pairs separated by commas: any field of :class:`MacConfig` or its short name (:data:`ALIASES`); ``rows``, ``q``,
+    ``o`` or ``g`` = ``bf16``, ``fp8`` or ``int8`` (all stored rows, queries, outputs, mean keys); ``sketch`` = the name
+    of a sketch kind (with ``k``, the rows it nominates). Without a preset it starts from the defaults without the
+    influence bound, so that a rule's name says all that it bounds. ``window:RULE`` and ``window:N`` are the sink +
+    window control.
+
+    Raises
+    ------
+    ConfigError
+        If a name, a key or a value is wrong.
+
+    Examples
+    --------
+    >>> parse_rule("tau=.6,influence=.15").config.threshold
+    0.6
+    >>> parse_rule("window:careful").like
+    'careful'
+    """
+    if text.startswith("window:"):
+        size = text.removeprefix("window:")
+        return Window(tokens=int(size)) if size.isdigit() else Window(like=size)
+    first, *rest = text.split(",")
+    find: FindMatch = find_match
+    base = PRESETS.get(first)
+    if "=" in first:
+        base, rest = MacConfig(influence=None), [first, *rest]
+    elif first == "newest":
+        base, find = MacConfig(influence=None, nominees=None), find_newest
+    if base is None:
+        raise ConfigError(
+            f"unknown rule {first!r} in {text!r}; begin with one of {', '.join(PRESETS)}, newest, window:"
+        )
+    fields, sketch = base.to_dict(), ""
+    formats: dict[str, str] = {}
+    for pair in rest:
+        key, equals, value = pair.partition("=")
+        key = ALIASES.get(key, key)
+        if not equals:
+            raise ConfigError(f"{pair!r} in {text!r} is no key=value pair; e.g. tau=.6")
+        if key in _FORMATS:
+            formats |= dict.fromkeys(_FORMATS[key], value)
+        elif key == "sketch":
+            sketch = value
+        elif key in fields:
+            fields[key] = _value(value)
+        else:
+            raise ConfigError(
+                f"unknown key {key!r} in {text!r}; known: {', '.join([*fields, *ALIASES, *_FORMATS, 'sketch'])}"
+            )
+    if sketch:
+        find = _sketched(sketch, fields["nominees"])
+        fields["nominees"] = None
+    config = MacConfig.from_dict(fields, source=text)
+    return Mac(config, pool=rounding_pool(formats), find=find) if formats else Mac(config, find=find)
+
+
+def parse_rules(text: str) -> dict[str, Policy]:
+    """Policies by their rule, from rules separated by blanks; a window's partner must be among them.
+
+    Raises
+    ------
+    ConfigError
+        If a rule is wrong, or a window names a rule that is not there.
+    """
+    rules = {rule: parse_rule(rule) for rule in text.split()}
+    for rule, policy in rules.items():
+        if isinstance(policy, Window) and policy.like is not None and policy.like not in rules:
+            raise ConfigError(f"{rule!r} needs the rule {policy.like!r} in the same list")
+    if not rules:
+        raise ConfigError("no rule given; e.g. --configs 'careful balanced window:careful'")
+    return rules
+
+
+@lru_cache
+def _sketched(name: str, nominees: int) -> FindMatch:
+    return SketchedMatch(_kind(name), nominees)
+
+
+def _kind(name: str) -> SketchKind:
+    parts = name.split("-")
+    try:
+        basis, scope, dim, bits, *more = parts
+        ballot = next((word for word in more if word != "centred"), "sum")
+        return SketchKind(basis, scope == "head", int(dim), int(bits.removeprefix("int")), "centred" in more, ballot)  # type: ignore[arg-type]
+    except ValueError:
+        raise ConfigError(f"sketch={name!r} is no kind; e.g. random-head-40-int8-each, signed-group-128-int8") from None
+
+
+def _value(text: str) -> object:
+    if text in _WORDS:
+        return _WORDS[text]
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text

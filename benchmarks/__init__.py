@@ -1,0 +1,1 @@
+"""Benchmarks: one runner, one table of results, figures drawn from the table."""

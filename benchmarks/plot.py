@@ -1,0 +1,66 @@
+"""Draw the speedup over the hit rate from the committed table: ``python -m benchmarks.plot``."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from . import results
+
+_COLOURS = {"1": "#999999", "16": "#3b7dd8", "64": "#d8573b"}
+
+
+def speedups(rows: list[results.Row], context: str) -> dict[tuple[str, str], list[tuple[float, float]]]:
+    """Points (hit rate, speedup of p50 latency) by (heads per kv head, batch); scattered misses, lag 64."""
+    latency: dict[tuple[str, ...], dict[str, float]] = defaultdict(dict)
+    for row in rows:
+        wanted = {"metric": "latency", "context": context, "lag": "64", "miss_pattern": "scattered"}
+        if wanted.items() <= row.items():
+            group = str(int(row["hq"]) // int(row["hkv"]))
+            latency[group, row["batch"], row["hit_rate"]][row["provider"]] = float(row["p50"])
+    points = defaultdict(list)
+    for (group, batch, hit), by in latency.items():
+        if {"mac", "flashinfer-tc"} <= by.keys():
+            points[group, batch].append((float(hit), by["flashinfer-tc"] / by["mac"]))
+    return {key: sorted(values) for key, values in points.items()}
+
+
+def draw(path: Path, context: str = "126976") -> Figure:
+    """One panel per group size, one line per batch; the line at 1 is FlashInfer with tensor cores."""
+    points = speedups(results.read(path), context)
+    groups = sorted({group for group, _ in points}, key=int)
+    figure = Figure(figsize=(4.6 * len(groups), 3.8), layout="constrained")
+    for column, group in enumerate(groups):
+        axes = figure.add_subplot(1, len(groups), column + 1)
+        for (of, batch), values in sorted(points.items(), key=lambda item: int(item[0][1])):
+            if of == group:
+                places = range(len(values))
+                axes.plot(places, [y for _, y in values], marker="o", color=_COLOURS[batch], label=f"batch {batch}")
+                axes.set_xticks(places, [f"{x:g}" for x, _ in values])
+                for x, (_, y) in enumerate(values):
+                    if x in (0, len(values) - 1):
+                        axes.annotate(
+                            f"{y:.2g}x", (x, y), textcoords="offset points", xytext=(0, 6), ha="center", size=8
+                        )
+        axes.axhline(1, color="black", linewidth=0.8, linestyle="--")
+        axes.set_yscale("log")
+        axes.set_xlabel("hit rate of kv groups (scattered misses)")
+        axes.set_ylabel("speedup over FlashInfer (tensor cores)")
+        axes.set_title(f"{group} query heads per kv head, {int(context) // 1024}K tokens", size=10)
+        axes.legend(fontsize=8)
+        axes.grid(alpha=0.3)
+    return figure
+
+
+def main() -> None:
+    """Draw one figure beside every decode table."""
+    for path in sorted(results.RESULTS.glob("*/decode.csv")):
+        target = path.with_suffix(".png")
+        draw(path).savefig(target, dpi=130)
+        print(target)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""Measure a suite on this GPU and write its table: ``python -m benchmarks.run decode``."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import sys
+from pathlib import Path
+
+import torch
+
+from mac_kernels import MacConfig
+from mac_kernels.testing.scenario import random_store
+
+from . import results
+from .decode import Measured, WrongResultError, run_case
+from .registry import DECODE, DecodeCase
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the chosen cases; 0 if all results were right, 1 if one was wrong, 2 without a GPU."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("suite", choices=["decode"])
+    parser.add_argument("--only", default="", help="run the cases whose name contains this, e.g. G8-B64")
+    parser.add_argument("--preset", default="careful")
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--output", type=Path, help="default: benchmarks/results/<gpu>/<suite>.csv")
+    args = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        print("no CUDA device: timings are only taken on a GPU", file=sys.stderr)
+        return 2
+    path = args.output or results.folder() / f"{args.suite}.csv"
+    facts = results.facts(f"python -m benchmarks.run {args.suite}")
+    config = MacConfig.preset(args.preset)
+    print(f"{facts['gpu']}, driver {facts['driver']}, torch {facts['torch']}, triton {facts['triton']}, "
+          f"flashinfer {facts['flashinfer']}; us per call, p50")  # fmt: skip
+    wrong = 0
+    cases = [case for case in DECODE if args.only in str(case)]
+    for (layout, batch, context), group in itertools.groupby(cases, lambda c: (c.layout, c.batch, c.context)):
+        store = random_store([context] * batch, layout, page_size=16, dtype=torch.bfloat16, device="cuda")
+        for case in group:
+            try:
+                measured = run_case(case, store, config, seed=1, repeats=args.repeats)
+            except WrongResultError as error:
+                print(f"{case}: WRONG, not timed: {error}", flush=True)
+                wrong += 1
+                continue
+            _show(case, measured)
+            results.upsert(path, _rows(case, measured, config, args.preset, facts))
+        del store
+        torch.cuda.empty_cache()
+    return 1 if wrong else 0
+
+
+def _show(case: DecodeCase, measured: Measured) -> None:
+    mac, full = measured.latency["mac"].p50_us, measured.latency["flashinfer-tc"].p50_us
+    figures = f"flashinfer-tc {full:8.1f}  mac {mac:8.1f}  speedup {full / mac:6.2f}"
+    print(f"{case!s:48} hit {measured.hit_rate:.3f}  {figures}", flush=True)
+
+
+def _rows(
+    case: DecodeCase, measured: Measured, config: MacConfig, preset: str, facts: results.Row
+) -> list[results.Row]:
+    common = {
+        "suite": "decode",
+        "case": "step",
+        "batch": case.batch,
+        "context": case.context,
+        "hq": case.layout.num_qo_heads,
+        "hkv": case.layout.num_kv_heads,
+        "head_dim": case.layout.head_dim,
+        "dtype": "bfloat16",
+        "page_size": case.page_size,
+        "window": config.window,
+        "band": config.band,
+        "lag": case.lag,
+        "hit_rate": f"{case.hit_rate:g}",
+        "miss_pattern": case.miss_pattern,
+        "tp": 1,
+        **facts,
+    }
+    rows = []
+    kv_bytes = {"mac": measured.mac_bytes, "flashinfer-tc": measured.full_bytes}
+    for provider, timing in measured.latency.items():
+        who = {"provider": provider, "backend": "triton" if provider == "mac" else "fa2", "n": timing.n}
+        who["config"] = preset if provider == "mac" else "full"
+        quantiles = (timing.p20_us, timing.p50_us, timing.p80_us)
+        rows.append({**common, **who, "metric": "latency", "unit": "us", **_three(quantiles)})
+        # bandwidth counts keys and values alone, so ring traffic does not flatter
+        speeds = [kv_bytes[provider] / us / 1e6 for us in reversed(quantiles)]
+        rows.append({**common, **who, "metric": "bandwidth", "unit": "TB/s", **_three(speeds)})
+    return [{name: str(value) for name, value in row.items()} for row in rows]
+
+
+def _three(values: tuple[float, float, float] | list[float]) -> dict[str, str]:
+    return dict(zip(("p20", "p50", "p80"), (f"{value:.4g}" for value in values), strict=True))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

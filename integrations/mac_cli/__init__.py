@@ -1,0 +1,1 @@
+"""The ``mac-kernels`` command."""

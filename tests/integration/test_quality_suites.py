@@ -1,0 +1,136 @@
+"""The quality commands end to end on a tiny random model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+from mac_autotune.quality import csv as table
+from mac_autotune.quality import needle
+from mac_autotune.quality.cli import eval_command
+
+RULES = "tau=.2,context=100,W=64,S=16,F=2 window:tau=.2,context=100,W=64,S=16,F=2"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of two layers that reads bytes."""
+    path = tmp_path_factory.mktemp("model") / "tiny"
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    plain = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
+    plain.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    plain.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=plain).save_pretrained(path)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=256,
+        hidden_size=48,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=16,
+        initializer_range=0.1,
+    )
+    LlamaForCausalLM(config).save_pretrained(path)
+    return path
+
+
+def run(*args: str | Path) -> str:
+    result = CliRunner().invoke(eval_command, [str(arg) for arg in args], catch_exceptions=False)
+    assert result.exit_code == 0
+    return result.stdout
+
+
+def test_kl_writes_one_table_and_skips_what_is_there(folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "results" / "tiny.csv"
+    command = (
+        "kl",
+        "--model",
+        folder,
+        "--configs",
+        RULES,
+        "--prompt-tokens",
+        "200",
+        "--tokens",
+        "12",
+        "--output",
+        path,
+    )
+    printed = json.loads(run(*command, "--texts", "docs,greedy", "--json"))
+    rows = table.read(path)
+    assert len(rows) == len(printed) == 2 * 2 * 5
+    assert {row.text for row in rows} == {"docs", "greedy"}
+    assert {row.model for row in rows} == {"tiny"}
+    by_metric = {row.metric: row for row in rows if row.text == "docs" and row.config.startswith("tau")}
+    assert by_metric["kl"].n == by_metric["kl"].tokens == 12
+    assert by_metric["kl"].value > 0
+    assert 0 < by_metric["kl"].group_hit <= 1
+    assert str(folder) not in by_metric["kl"].command
+
+    before = path.read_bytes()
+    assert json.loads(run(*command, "--texts", "docs", "--json")) == []
+    assert path.read_bytes() == before
+    assert {row["text"] for row in json.loads(run(*command, "--texts", "docs,code", "--json"))} == {"code"}
+    assert len(table.read(path)) == 3 * 2 * 5
+
+
+def test_needle_scores_only_trials_that_full_attention_finds(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "tiny.csv"
+    found = {"hidden": 0}
+
+    def recall(trial: needle.Trial, answer: str) -> float:
+        found["hidden"] += 1
+        return float(found["hidden"] % 2)  # every second answer, so every second trial is drawn in vain
+
+    monkeypatch.setattr(needle.Trial, "recall", recall)
+    run(
+        "needle", "--model", folder, "--configs", RULES, "--prompt-tokens", "1024", "--trials", "2", "--rows", "4",
+        "--tasks", "single", "--modes", "decoded", "--output", path,
+    )  # fmt: skip
+    rows = {row.config: row for row in table.read(path)}
+    assert rows["full"].n == 4
+    assert rows["full"].value == 0.5
+    assert len(rows) == 3
+    assert all(row.n == 2 for name, row in rows.items() if name != "full")
+    assert all(0 < row.kv_read < 1 for name, row in rows.items() if name != "full")
+
+
+def test_needle_shows_a_cell_that_full_attention_fails(folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "tiny.csv"
+    run(
+        "needle", "--model", folder, "--configs", RULES, "--prompt-tokens", "1024", "--trials", "1",
+        "--tasks", "single", "--modes", "asked", "--output", path,
+    )  # fmt: skip
+    assert [(row.config, row.value, row.n) for row in table.read(path)] == [("full", 0.0, 4)]
+
+
+def test_sketch_writes_recall_of_every_kind(folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "sketch.json"
+    run(
+        "sketch", "--model", folder, "--texts", "docs", "--prompt-tokens", "100", "--window", "64", "--tokens", "8",
+        "--nominees", "4,63", "--output", path,
+    )  # fmt: skip
+    found = json.loads(path.read_text())["docs"]
+    everything = [one for one in found if one["count"] == 63]
+    assert len(found) == 2 * len(everything) > 40
+    assert all(one["recall"] == 1 and one["group_hit_loss"] == 0 for one in everything)
+    assert any(one["recall"] < 1 for one in found)
+
+
+def test_plot_draws_the_frontier(folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "tiny.csv"
+    run(
+        "kl", "--model", folder, "--configs", RULES, "--prompt-tokens", "200", "--tokens", "4", "--texts", "docs",
+        "--output", path,
+    )  # fmt: skip
+    run("plot", path)
+    assert (tmp_path / "tiny.png").stat().st_size > 10_000
