@@ -110,8 +110,7 @@ def run_case(case: DecodeCase, store: PagedStore, config: mk.MacConfig, *, seed:
 
 def _outcome(case: DecodeCase, seed: int) -> torch.Tensor:
     """Which groups hit: exactly the wanted share, so that a small batch is not left to chance."""
-    groups = case.batch * case.layout.num_kv_heads
-    misses = round((1 - case.hit_rate) * groups)
+    groups, misses = case.batch * case.layout.num_kv_heads, case.misses
     order = torch.randperm(groups, generator=torch.Generator().manual_seed(seed))
     hit = torch.ones(groups, dtype=torch.bool)
     hit[order[:misses] if case.miss_pattern == "scattered" else torch.arange(misses)] = False

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from . import results
 
-_COLOURS = {"1": "#999999", "16": "#3b7dd8", "64": "#d8573b"}
+_COLOURS = ("#777777", "#3b7dd8", "#d8573b")
 
 
 def speedups(rows: list[results.Row], context: str) -> dict[tuple[str, str], list[tuple[float, float]]]:
@@ -31,19 +31,25 @@ def draw(path: Path, context: str = "126976") -> Figure:
     """One panel per group size, one line per batch; the line at 1 is FlashInfer with tensor cores."""
     points = speedups(results.read(path), context)
     groups = sorted({group for group, _ in points}, key=int)
+    rates = sorted({hit for values in points.values() for hit, _ in values})
     figure = Figure(figsize=(4.6 * len(groups), 3.8), layout="constrained")
     for column, group in enumerate(groups):
         axes = figure.add_subplot(1, len(groups), column + 1)
-        for (of, batch), values in sorted(points.items(), key=lambda item: int(item[0][1])):
-            if of == group:
-                places = range(len(values))
-                axes.plot(places, [y for _, y in values], marker="o", color=_COLOURS[batch], label=f"batch {batch}")
-                axes.set_xticks(places, [f"{x:g}" for x, _ in values])
-                for x, (_, y) in enumerate(values):
-                    if x in (0, len(values) - 1):
-                        axes.annotate(
-                            f"{y:.2g}x", (x, y), textcoords="offset points", xytext=(0, 6), ha="center", size=8
-                        )
+        lines = sorted((int(batch), values) for (of, batch), values in points.items() if of == group)
+        for line, (batch, values) in enumerate(lines):
+            places = [rates.index(hit) for hit, _ in values]
+            colour = _COLOURS[line % len(_COLOURS)]
+            axes.plot(places, [y for _, y in values], marker="o", color=colour, label=f"batch {batch}")
+            # hit 0 is where this can lose: its figures are written out, one below the other
+            for hit, offset, text in ((1.0, (0, 6), "{:.3g}x"), (0.0, (0, -14 - 10 * line), "{:.2f}x")):
+                if hit in dict(values):
+                    y = dict(values)[hit]
+                    axes.annotate(
+                        text.format(y), (rates.index(hit), y), offset, textcoords="offset points", ha="center", size=8,
+                        color=colour,
+                    )  # fmt: skip
+        axes.set_xticks(range(len(rates)), [f"{hit:g}" for hit in rates])
+        axes.set_ylim(bottom=0.4)
         axes.axhline(1, color="black", linewidth=0.8, linestyle="--")
         axes.set_yscale("log")
         axes.set_xlabel("hit rate of kv groups (scattered misses)")

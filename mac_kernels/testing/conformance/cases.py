@@ -13,6 +13,7 @@ from ...config import MacConfig
 from ...rope import Rope
 from ...types import HeadLayout, KVLayout
 
+_TABLE_ROWS = 4096  # more than any chain of the kit is long
 Rotary = Literal["full", "partial", "interleaved", "scaled"]
 
 
@@ -36,12 +37,20 @@ class Case:
         return HeadLayout(self.group * self.kv_heads, self.kv_heads, self.head_dim)
 
     def rope(self, device: torch.device | str) -> Rope:
-        """The rotation: base 10000, over half the dims if partial, with magnitude 1.2 (as YaRN's) if scaled."""
+        """The rotation: base 10000, over half the dims if partial, with magnitude 1.2 (as YaRN's) if scaled.
+
+        A device reads the table that the CPU computed: its own powers and cosines differ in the last bit, and at
+        position 40 that bit is already more than an fp32 rotation may be wrong by.
+        """
         dim = self.head_dim // 2 if self.rotary == "partial" and self.head_dim >= 8 else self.head_dim
         dim -= dim % 2
-        inv_freq = 10000.0 ** -(torch.arange(0, dim, 2, device=device).float() / dim)
+        inv_freq = 10000.0 ** -(torch.arange(0, dim, 2).float() / dim)
         scaling = 1.2 if self.rotary == "scaled" else 1.0
-        return Rope.from_inv_freq(inv_freq, attention_scaling=scaling, interleaved=self.rotary == "interleaved")
+        rope = Rope.from_inv_freq(inv_freq, attention_scaling=scaling, interleaved=self.rotary == "interleaved")
+        if torch.device(device).type == "cpu":
+            return rope
+        table = rope.cos_sin_cache(_TABLE_ROWS, "cpu").to(device)
+        return Rope.from_cos_sin_cache(table, interleaved=rope.interleaved)
 
 
 def pairwise(factors: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:

@@ -58,8 +58,8 @@ def eligible_distance(
     if config.nominees is not None:
         whole = allowed.view(len(pos), -1, case.group).all(-1)
         maybe, surely = (
-            allowed & _nominated(config.nominees, rows, q_pre, whole, session, slack).repeat_interleave(case.group, 1)
-            for slack in (session.margin, -session.margin)
+            allowed & rows_of_group.repeat_interleave(case.group, 1)
+            for rows_of_group in _nominated(config.nominees, rows, q_pre, whole, session)
         )
         allowed, sure = maybe, surely
     distance = (rows["q_pre"].double() - q_pre).square().sum(-1).sqrt()
@@ -67,22 +67,19 @@ def eligible_distance(
 
 
 def _nominated(
-    count: int,
-    rows: dict[str, torch.Tensor],
-    q_pre: torch.Tensor,
-    allowed: torch.Tensor,
-    session: Session,
-    slack: float,
-) -> torch.Tensor:
-    """Rows [W, Hkv] whose sketch distance is within that of the ``count``-th nearest, give or take ``slack``."""
+    count: int, rows: dict[str, torch.Tensor], q_pre: torch.Tensor, allowed: torch.Tensor, session: Session
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows [W, Hkv] that may be among the ``count`` nearest by sketch, and those that surely are."""
     assert session.rings.sketch is not None
     image = sketch_image(session.rings.sketch, q_pre)
     scale = image.abs().amax(-1, keepdim=True) / 127
     image = (image / scale).round() * scale
     stored = rows["sketch"].double() * rows["sketch_scale"].double()[..., None]
     distance = torch.where(allowed, (stored - image).square().sum(-1), torch.inf)
-    last = distance.sort(0).values[min(count, len(distance)) - 1]
-    return (distance <= last * (1 + slack)) & torch.isfinite(distance)
+    order = torch.cat((distance.sort(0).values, torch.full_like(distance[:1], torch.inf)))
+    last, following = order[min(count, len(distance)) - 1], order[min(count, len(distance))]
+    found = torch.isfinite(distance)
+    return found & (distance <= last * (1 + session.margin)), found & (distance < following * (1 - session.margin))
 
 
 def _score(distance: torch.Tensor, case: Case, config: MacConfig) -> torch.Tensor:
