@@ -61,7 +61,7 @@ types: setup  ## mypy, strict
 	$(RUN) mypy
 
 figures: setup  ## redraw the README's figures from the committed results
-	$(VENV)/bin/python benchmarks/figures.py
+	$(RUN) benchmarks.plot
 
 clean:  ## remove the virtual environment and the caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

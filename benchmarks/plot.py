@@ -1,11 +1,15 @@
-"""Draw the speedup over the hit rate from the committed table: ``python -m benchmarks.plot``."""
+"""Draw the README's figures from the committed results: ``python -m benchmarks.plot`` or ``make figures``."""
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from pathlib import Path
 
 from matplotlib.figure import Figure
+
+from mac_transformers import demo_figure
+from mac_transformers.outdir import OutputFolder
 
 from . import results
 
@@ -61,11 +65,14 @@ def draw(path: Path, context: str = "126976") -> Figure:
 
 
 def main() -> None:
-    """Draw one figure beside every decode table."""
+    """Draw one figure beside every decode table and every demo report."""
     for path in sorted(results.RESULTS.glob("*/decode.csv")):
         target = path.with_suffix(".png")
         draw(path).savefig(target, dpi=130)
         print(target)
+    for path in sorted(results.RESULTS.glob("demo*/report.json")):
+        report = json.loads(path.read_text(encoding="utf-8"))
+        print(OutputFolder(path.parent).write("report.png", demo_figure.draw(report)))
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ _HOME = {
     "Reason": "types",
     "ResolvedConfig": "settings",
     "RingPool": "ring",
-    "RingSnapshot": "ring",
+    "RingSnapshot": "snapshot",
     "Rope": "rope",
     "SnapshotError": "errors",
     "StepTrace": "types",
@@ -87,9 +87,10 @@ if TYPE_CHECKING:
     from .match.reference import find_match
     from .paged import PagedKV, PageTable
     from .prefill import fill_rings
-    from .ring import RingPool, RingSnapshot
+    from .ring import RingPool
     from .rope import Rope
     from .settings import ResolvedConfig, resolve_config
+    from .snapshot import RingSnapshot
     from .types import AttnState, HeadLayout, MatchResult, Reason, StepTrace
 
 

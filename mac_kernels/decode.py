@@ -158,6 +158,12 @@ class BatchMacDecodeWithPagedKVCacheWrapper:
         longest = max(int(table.kv_len().max()) if table.batch_size else 1, 1)
         if max_kv_len is not None and max_kv_len < longest:
             raise InputError(f"max_kv_len={max_kv_len} must be >= {longest}, the longest request of this plan")
+        max_kv_len = longest if max_kv_len is None else max_kv_len
+        if rope.max_position is not None and max_kv_len > rope.max_position:
+            raise InputError(
+                f"the context may reach {max_kv_len} tokens but rope knows positions below {rope.max_position}; "
+                "build Rope from a longer cos_sin_cache"
+            )
         fused = None
         if backend == "triton":
             from .fused import FusedStep  # imports triton, which the reference backend does not need
@@ -169,7 +175,7 @@ class BatchMacDecodeWithPagedKVCacheWrapper:
                 rope,
                 sm_scale=sm_scale,
                 logits_soft_cap=logits_soft_cap,
-                max_kv_len=longest if max_kv_len is None else max_kv_len,
+                max_kv_len=max_kv_len,
             )
         self._plan = _Plan(table, layout, config, rope, sm_scale, logits_soft_cap, fused)
         self._explanation = Explanation(backend, why, rejected, config, notes)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -11,9 +11,9 @@ from .config import MacConfig
 from .counters import DecodeCounters
 from .errors import ConfigError, InputError, SnapshotError
 from .match.sketch import Sketch, default_sketch_dim, dequantize, make_sketch
+from .snapshot import SNAPSHOT_VERSION, RingSnapshot
 from .types import AttnState, HeadLayout
 
-SNAPSHOT_VERSION = 1
 ROW_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 EMPTY = -1
 
@@ -33,29 +33,6 @@ class RingRows:
     anchor: torch.Tensor
     sketch: torch.Tensor | None
     projection: Sketch | None
-
-
-@dataclass(frozen=True, slots=True)
-class RingSnapshot:
-    """A copy of one ring over all layers, independent of the pool and of KV slots.
-
-    ``fields`` maps a row field to its tensor [num_layers, W, ...]; positions at or beyond ``up_to`` are empty.
-    """
-
-    version: int
-    layout: HeadLayout
-    window: int
-    fields: Mapping[str, torch.Tensor]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all fields."""
-        return sum(t.numel() * t.element_size() for t in self.fields.values())
-
-    def to(self, device: torch.device | str) -> RingSnapshot:
-        """Return the snapshot on another device."""
-        moved = {name: tensor.to(device) for name, tensor in self.fields.items()}
-        return RingSnapshot(self.version, self.layout, self.window, moved)
 
 
 class RingPool:
@@ -135,6 +112,26 @@ class RingPool:
         self._ring_of: dict[int, int] = {}
         self._free = list(reversed(range(num_rings)))
         self.reset()
+
+    @classmethod
+    def from_budget(
+        cls, budget_bytes: int, *, num_layers: int, layout: HeadLayout, window: int, **options: Any
+    ) -> RingPool:
+        """Build a pool of as many rings as a budget holds; ``options`` as for the constructor.
+
+        Raises
+        ------
+        ConfigError
+            If the budget holds no ring; the message says what one takes.
+        """
+        fields = {name: options[name] for name in ("dtype", "correction", "sketch_dim") if name in options}
+        each = cls.bytes_per_ring(num_layers=num_layers, layout=layout, window=window, **fields)
+        if budget_bytes < each:
+            raise ConfigError(
+                f"a ring budget of {budget_bytes} bytes holds no ring: one takes {each} bytes; "
+                "raise the budget, or lower the window"
+            )
+        return cls(num_rings=budget_bytes // each, num_layers=num_layers, layout=layout, window=window, **options)
 
     @staticmethod
     def bytes_per_ring(

@@ -25,6 +25,8 @@ class Rope:
         Rotated dimensions, even, ``>= 2``.
     interleaved : bool, default False
         ``False``: NeoX halves ``(x1, x2)``; ``True``: GPT-J pairs ``(x[0::2], x[1::2])``.
+    max_position : int, optional
+        Positions that ``cos_sin`` knows; default: every one.
 
     Raises
     ------
@@ -32,11 +34,14 @@ class Rope:
         If ``rotary_dim`` is odd or smaller than 2.
     """
 
-    def __init__(self, cos_sin: CosSin, rotary_dim: int, *, interleaved: bool = False) -> None:
+    def __init__(
+        self, cos_sin: CosSin, rotary_dim: int, *, interleaved: bool = False, max_position: int | None = None
+    ) -> None:
         if rotary_dim < 2 or rotary_dim % 2:
             raise InputError(f"rotary_dim={rotary_dim} must be even and >= 2; take it from the model config")
         self.rotary_dim = rotary_dim
         self.interleaved = interleaved
+        self.max_position = max_position
         self._cos_sin = cos_sin
         self._table: torch.Tensor | None = None
 
@@ -72,7 +77,7 @@ class Rope:
             rows = cos_sin_cache[positions.clamp(0, cos_sin_cache.shape[0] - 1)].float()
             return rows[..., :half], rows[..., half:]
 
-        return Rope(cos_sin, cos_sin_cache.shape[1], interleaved=interleaved)
+        return Rope(cos_sin, cos_sin_cache.shape[1], interleaved=interleaved, max_position=cos_sin_cache.shape[0])
 
     def cos_sin(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return ``(cos, sin)`` [..., rotary_dim // 2] fp32 at ``positions`` [...], magnitude included."""

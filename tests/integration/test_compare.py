@@ -42,7 +42,7 @@ def result(model: PreTrainedModel, tokens: torch.Tensor) -> Comparison:
         "exact": Mac(MacConfig.preset("exact", **SMALL)),
         "fast": Mac(MacConfig.preset("fast", threshold=0.2, **SMALL)),
         "careful": Mac(MacConfig(threshold=0.2, **SMALL)),
-        "newest": Mac(MacConfig.preset("fast", threshold=0.2, nominees=None, **SMALL), find=find_newest),
+        "newest": Mac(MacConfig(threshold=0.2, influence=None, nominees=None, **SMALL), find=find_newest),
         "paper": Mac(MacConfig.preset("paper", threshold=0.2, **SMALL)),
         "all": Window(tokens=1000),
         "w8": Window(tokens=8, sinks=2),
@@ -95,7 +95,7 @@ def test_a_window_that_follows_a_policy_reads_as_much(result: Comparison) -> Non
 
 def test_newest_takes_the_newest_row_within_the_cap() -> None:
     layout = HeadLayout(2, 1, 8)
-    config = MacConfig.preset("fast", nominees=None, **SMALL)
+    config = MacConfig(influence=None, nominees=None, **SMALL)
     rings = RingPool(num_rings=1, num_layers=1, layout=layout, window=32, dtype=torch.float32, sketch_dim=0)
     rings.acquire(0)
     away = torch.tensor([[0.5, 0.1], [0.2, 0.3], [9.0, 9.0]])  # of the rows at positions 20, 21, 22

@@ -49,7 +49,7 @@ def test_infinite_thresholds_survive_json(threshold):
 def test_presets_are_what_they_say():
     assert MacConfig() == PRESETS["careful"]
     assert PRESETS["balanced"].influence == 0.2
-    assert PRESETS["fast"].influence is None
+    assert PRESETS["fast"].influence == 0.3
     assert PRESETS["exact"].threshold >= 1
     paper = PRESETS["paper"]
     assert not paper.recompute_loaded_groups and not paper.correction and paper.influence is None

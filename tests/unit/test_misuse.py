@@ -17,6 +17,7 @@ from mac_kernels.testing.scenario import PagedStore
 LAYOUT = mk.HeadLayout(num_qo_heads=4, num_kv_heads=2, head_dim=8)
 CONFIG = mk.MacConfig(window=8, band=3, sinks=1, min_context=5)
 LENGTHS = (11, 14)
+SHORT_ROPE = mk.Rope.from_cos_sin_cache(torch.ones(13, 8))
 
 
 @dataclass
@@ -113,15 +114,12 @@ half = torch.bfloat16
 # name: (what is done, error, parts of the message: value, allowed range, next step)
 MISUSES: dict[str, tuple[Callable[[Setup], Any], type[Exception], tuple[str, ...]]] = {
     # wrapper
-    "run before plan": (
-        lambda s: fresh().run(**s.run_arguments),
-        mk.PlanError,
-        ("plan() must be called before run()",),
-    ),
+    "run before plan": (lambda s: fresh().run(**s.run_arguments), mk.PlanError, ("plan() must be called before run",)),
     "explain before plan": (lambda s: fresh().explain(), mk.PlanError, ("plan() must be called",)),
     "unknown backend": (lambda s: fresh(backend="cuda"), mk.InputError, ("'cuda'", "'auto'", "'reference'")),
     "unknown kv layout": (lambda s: fresh("NDH"), mk.InputError, ("'NDH'", "'NHD' or 'HND'")),
     # plan
+    "short rope table": (lambda s: s.plan(rope=SHORT_ROPE), mk.InputError, ("14", "13", "longer cos_sin_cache")),
     "indptr from 1": (lambda s: s.plan(indptr=torch.tensor([1, 4, 7])), mk.InputError, ("[1, 4, 7]", "start at 0")),
     "indptr falls": (lambda s: s.plan(indptr=torch.tensor([0, 4, 3])), mk.InputError, ("[0, 4, 3]", "never fall")),
     "indptr too short": (

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from mac_kernels import AttnState, HeadLayout, RingPool, SnapshotError
+from mac_kernels import AttnState, ConfigError, HeadLayout, RingPool, SnapshotError
 from mac_kernels.testing.scenario import poison_rings
 
 LAYOUT = HeadLayout(num_qo_heads=4, num_kv_heads=2, head_dim=8)
@@ -217,6 +217,14 @@ def test_snapshot_of_another_pool_is_refused_with_every_reason():
     for reason in ("format version 99", "layout HeadLayout", "window 5", "layers 3", "row fields", "empty ring"):
         assert reason in str(error.value)
     assert other.slot_table.tolist() == [-1] * 4 and other.free_rings == 2
+
+
+def test_a_budget_buys_whole_rings():
+    each = RingPool.bytes_per_ring(num_layers=2, layout=LAYOUT, window=W, dtype=torch.float32)
+    pool = RingPool.from_budget(3 * each - 1, num_layers=2, layout=LAYOUT, window=W, dtype=torch.float32, num_slots=9)
+    assert (pool.num_rings, pool.num_slots, pool.nbytes) == (2, 9, 2 * each)
+    with pytest.raises(ConfigError, match=rf"budget of {each - 1} bytes .* one takes {each} bytes; raise the budget"):
+        RingPool.from_budget(each - 1, num_layers=2, layout=LAYOUT, window=W, dtype=torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
