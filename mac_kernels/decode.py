@@ -68,6 +68,13 @@ class BatchMacDecodeWithPagedKVCacheWrapper:
     InputError
         If ``kv_layout`` or ``backend`` is unknown.
 
+    Notes
+    -----
+    With ``"triton"``, ``run()`` neither syncs nor, given ``out``, allocates, and can be captured once in a CUDA graph.
+    Between replays the contents of every tensor may change (queries, caches, page table, slots, generations, rings) as
+    long as no request grows beyond ``max_kv_len``; addresses, the batch size and everything else given to ``plan()``
+    may not.
+
     Examples
     --------
     >>> import torch, mac_kernels as mk
