@@ -88,8 +88,8 @@ class Feature:
 FEATURES = (
     Feature("CPU", device="cpu"),
     Feature("NVIDIA GPU"),
-    *(Feature(f"head_dim {d}", layout=HeadLayout(32, 8, d)) for d in (64, 80, 128, 256)),
-    *(Feature(f"{g} query heads per kv head", layout=HeadLayout(8 * g, 8, 128)) for g in (1, 3, 8, 16)),
+    *(Feature(f"head_dim {d}", layout=HeadLayout(32, 8, d)) for d in (80, 256, 512)),
+    *(Feature(f"{g} query heads per kv head", layout=HeadLayout(8 * g, 8, 128)) for g in (12, 32)),
     Feature("without the correction", config=MacConfig(correction=False)),
     Feature('`match_scope="group"`', config=MacConfig(match_scope="group")),
     Feature("exact scan of every row (nominees=None)", config=MacConfig(nominees=None)),
