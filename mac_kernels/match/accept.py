@@ -40,7 +40,7 @@ def accept(
     Notes
     -----
     The cap carries retrieval (a head whose old query ignored a passage looks harmless by its weight), the bound carries
-    fidelity. With threshold ``-inf`` every eligible row is near.
+    fidelity; in long contexts retrieval needs both. With threshold ``-inf`` every eligible row is near.
     """
     cap = distance_cap(config, head_dim)
     near = distance < cap

@@ -26,7 +26,7 @@ class TestTritonInterpreted(DecodeConformance):
         "head": variant(nominees=15),
         "group-bound": variant(nominees=15, match_scope="group", influence=0.35),
     }
-    steps, rule_steps, chain_steps = 2, 10, 20
+    steps, rule_steps, chain_steps = 2, 10, 40
     test_rows_in_another_dtype = None  # bf16 rows
 
     def fill_rings(self, *args: Any, **kwargs: Any) -> None:
