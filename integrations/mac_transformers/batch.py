@@ -65,7 +65,8 @@ class DecodeBatch:
         self.kv = [tuple(torch.zeros(shape, dtype=dtype, device=device) for _ in "kv") for _ in range(num_layers)]
         self.records = {name: torch.zeros(steps, num_layers, shape[0], device=device) for name in RECORDS}
         self._ropes: dict[int, Rope] = {}
-        self._share_sum, self._shares = torch.zeros(shape[0], device=device), 0
+        self._share = torch.ones(shape[0], device=device)  # of the KV, read by each row in the step before
+        self._share_sum, self._shares = torch.zeros_like(self._share), 0
 
     def prefill(self, text: int) -> AttentionHandler:
         """Handler of the forward pass over the whole prompt of one text."""
@@ -73,6 +74,9 @@ class DecodeBatch:
 
     def decode(self, step: int) -> AttentionHandler:
         """Handler of the forward pass over one token of every row."""
+        if self._shares:
+            self._share = self._share_sum / self._shares
+            self._share_sum, self._shares = torch.zeros_like(self._share), 0
         return _Decode(self, step)
 
     def rope(self, module: nn.Module) -> Rope:
@@ -105,7 +109,7 @@ class DecodeBatch:
             else:
                 assert window.like is not None
                 first = self._place[window.like] * self.texts
-                share = self._share_sum[first : first + self.texts] / max(self._shares, 1)
+                share = self._share[first : first + self.texts]
                 newest.append(((share * length).round().long() - window.sinks).clamp(min=1))
         return torch.cat(sinks), torch.cat(newest).clamp(max=length)
 
@@ -122,7 +126,7 @@ class DecodeBatch:
             self.records["head_hit"][step, layer, block.rows] = trace.head_hit.float().mean(1)
 
     def add_share(self, share: torch.Tensor) -> None:
-        """Add the shares read [rows] in one layer to the running mean that ``Window(like=...)`` follows."""
+        """Add the shares read [rows] in one layer; their mean is what ``Window(like=...)`` reads in the next step."""
         self._share_sum += share
         self._shares += 1
 

@@ -43,8 +43,8 @@ class Mac:
 class Window:
     """Drop everything but the first ``sinks`` and the newest tokens: the control that any KV saving has to beat.
 
-    ``tokens`` newest tokens are kept; or ``like`` names a policy of the same comparison, whose average share of KV read
-    so far (over layers, kv groups and steps) is read here too.
+    ``tokens`` newest tokens are kept; or ``like`` names a policy of the same comparison: what it read in one step (the
+    mean over layers and kv groups) is read here in the next, so that both read the same in all.
     """
 
     sinks: int = 4

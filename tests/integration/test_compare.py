@@ -66,6 +66,14 @@ def test_policies_that_read_everything_have_no_divergence(result: Comparison, na
     assert (result.kv_read[:, :, index] == 1).all()
 
 
+def test_a_window_reads_in_each_step_what_its_partner_read_in_the_one_before(result: Comparison) -> None:
+    window, partner = (result.kv_read[:, :, result.index(name)].mean(1) for name in ("window:fast", "fast"))
+    assert (window[0] == 1).all()  # nothing to follow yet
+    length = torch.arange(PROMPT + 2, PROMPT + STEPS + 1)[: len(window) - 1, None]
+    # whole tokens, and never more than there are
+    assert ((window[1:] - partner[:-1]).abs() <= 1 / length + 1e-6).all()
+
+
 def test_policies_that_reuse_diverge_a_little_and_read_less(result: Comparison) -> None:
     fast, careful = result.index("fast"), result.index("careful")
     assert 0 < result.group_hit[:, :, careful].mean() < result.group_hit[:, :, fast].mean() < 1
