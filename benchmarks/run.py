@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
         print("no CUDA device: timings are only taken on a GPU", file=sys.stderr)
         return 2
     path = args.output or results.folder() / f"{args.suite}.csv"
-    facts = results.facts(f"python -m benchmarks.run {args.suite}")
+    facts = results.facts(f"python -m benchmarks.run {args.suite} --preset {args.preset} --repeats {args.repeats}")
     config = MacConfig.preset(args.preset)
     print(f"{facts['gpu']}, driver {facts['driver']}, torch {facts['torch']}, triton {facts['triton']}, "
           f"flashinfer {facts['flashinfer']}; us per call, p50")  # fmt: skip

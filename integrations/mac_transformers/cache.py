@@ -192,7 +192,7 @@ class MacCache(DynamicCache):
 
     def reset(self) -> None:
         """Forget all tokens and rings."""
-        super().reset()  # type: ignore[no-untyped-call]
+        super().reset()  # type: ignore[no-untyped-call]  # the library is untyped here
         self._forget()
 
     def crop(self, tokens_to_remove: int) -> None:

@@ -12,7 +12,7 @@ from mac_kernels import HeadLayout, PagedKV, PageTable
 _FIRST_CAPACITY = 256
 
 
-class MacLayer(DynamicLayer):  # type: ignore[no-untyped-call]
+class MacLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # the library is untyped here
     """Keys and values of one layer, growing geometrically: a step writes its own token and copies nothing else.
 
     ``keys`` and ``values`` [B, Hkv, L, D] are views of larger buffers. Whatever the library puts in their place
@@ -23,7 +23,7 @@ class MacLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     values: Any
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # as above
         self._buffers: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def update(

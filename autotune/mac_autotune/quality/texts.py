@@ -73,7 +73,7 @@ def shuffled_docs(seed: int) -> Iterator[str]:
 @torch.inference_mode()
 def greedy_continuation(model: PreTrainedModel, prompts: torch.Tensor, *, length: int) -> torch.Tensor:
     """The model's own greedy continuation of equally long prompts [T, P] under its own attention, [T, length] int64."""
-    produced = model.generate(  # type: ignore[operator]
+    produced = model.generate(  # type: ignore[operator]  # typed as Tensor or Module
         prompts.to(model.device),
         attention_mask=torch.ones_like(prompts, device=model.device),
         max_new_tokens=length,
