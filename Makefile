@@ -8,6 +8,11 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 # The interpreter tests were checked with this one; 3.9's refuses masks that 3.6 takes. A CUDA build of torch brings its
 # own: make test TORCH_INDEX=... TRITON=triton
 TRITON ?= triton==3.6.0
+# SGLang has a virtual environment of its own, because it pins other versions; without its dependencies, most of which are
+# for CUDA. Its tests: make test-sglang
+SGLANG_VENV ?= .venv-sglang
+SGLANG ?= sglang==0.5.23
+SGLANG_NO_DEPS := torchvision==0.28.0 triton==3.6.0 apache-tvm-ffi==0.1.11 compressed-tensors==0.18.0 xgrammar==0.2.7
 # arguments of `mac-kernels demo`, e.g. make demo ARGS="--preset fast --tokens 800"
 ARGS ?=
 
@@ -15,7 +20,7 @@ QUIET := --quiet --no-compile --disable-pip-version-check
 RUN := $(VENV)/bin/python -m
 PACKAGES := mac_kernels integrations autotune tests benchmarks
 
-.PHONY: help setup test test-fast demo format lint types figures clean
+.PHONY: help setup test test-fast test-sglang demo format lint types figures clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -46,6 +51,19 @@ test: setup  ## everything that needs no GPU
 test-fast: setup  ## without the tests marked slow
 	$(RUN) pytest -n auto -m "not slow"
 
+$(SGLANG_VENV)/.done: tests/integration/sglang-requirements.txt
+	$(PYTHON) -m venv $(SGLANG_VENV)
+	$(SGLANG_VENV)/bin/pip install $(QUIET) --upgrade pip
+	$(SGLANG_VENV)/bin/pip install $(QUIET) --retries 0 --timeout 10 --index-url $(TORCH_INDEX) "$(TORCH)" \
+		|| $(SGLANG_VENV)/bin/pip install $(QUIET) "$(TORCH)"
+	$(SGLANG_VENV)/bin/pip install $(QUIET) --no-deps $(SGLANG_NO_DEPS) "$(SGLANG)"
+	$(SGLANG_VENV)/bin/pip install $(QUIET) -r tests/integration/sglang-requirements.txt
+	$(SGLANG_VENV)/bin/pip install $(QUIET) --no-deps --editable .
+	@touch $@
+
+test-sglang: $(SGLANG_VENV)/.done  ## the tests with a real SGLang server on the CPU
+	$(SGLANG_VENV)/bin/python -m pytest tests/integration/test_sglang_*.py
+
 demo: $(VENV)/.demo  ## full attention and MAC on the same text, on this machine's CPU
 	$(VENV)/bin/mac-kernels demo $(ARGS)
 
@@ -64,4 +82,4 @@ figures: setup  ## redraw the README's figures from the committed results
 	$(RUN) benchmarks.plot
 
 clean:  ## remove the virtual environment and the caches
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(SGLANG_VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -7,13 +7,14 @@ rewritten, so that every call starts cold; the time of the rewriting alone, meas
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 import mac_kernels as mk
 from mac_kernels.step import reference_step
+from mac_kernels.support import Backend
 from mac_kernels.testing.scenario import PagedStore, Scenario, plant_step
 from mac_kernels.testing.timing import Timing, measure
 
@@ -29,7 +30,7 @@ Call = Callable[[], object]
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """Latency per provider, measured group hit rate and KV bytes read per call by MAC and by full attention."""
+    """Latency per provider (MAC's backends by name), group hit rate, KV bytes read per call by MAC and in full."""
 
     latency: dict[str, Timing]
     hit_rate: float
@@ -41,8 +42,16 @@ class WrongResultError(Exception):
     """A provider's result is wrong; no timing is reported."""
 
 
-def run_case(case: DecodeCase, store: PagedStore, config: mk.MacConfig, *, seed: int, repeats: int) -> Measured:
-    """Plant the case in the store, check both providers, then time them.
+def run_case(
+    case: DecodeCase,
+    store: PagedStore,
+    config: mk.MacConfig,
+    *,
+    seed: int,
+    repeats: int,
+    backends: Sequence[Backend] = ("triton",),
+) -> Measured:
+    """Plant the case in the store, check all providers, then time them.
 
     Raises
     ------
@@ -66,42 +75,21 @@ def run_case(case: DecodeCase, store: PagedStore, config: mk.MacConfig, *, seed:
         seed=seed,
         store=store,
     )
-    table = scenario.kv.table
-    mac = mk.BatchMacDecodeWithPagedKVCacheWrapper("NHD", backend="triton")
-    mac.plan(
-        table.indptr,
-        table.indices,
-        table.last_page_len,
-        layout=layout,
-        page_size=case.page_size,
-        config=config,
-        rope=rope,
-    )
-    out = torch.full_like(scenario.q, torch.nan)
-    cache = (scenario.kv.k_cache, scenario.kv.v_cache)
-    step = {
-        "rings": scenario.rings,
-        "layer": 0,
-        "slots": scenario.slots,
-        "generations": scenario.generations,
-        "out": out,
-    }
-
-    def run_mac() -> object:
-        return mac.run(scenario.q, cache, **step)
-
     run_flashinfer, full = _flashinfer(case, scenario)
-    expected = _reference_of_a_hit(scenario, rope, config)
-    _, trace = mac.run_return_trace(scenario.q, cache, **step)
     run_flashinfer()
-    _check(scenario, trace, out, full, expected)
+    expected = _reference_of_a_hit(scenario, rope, config)
+    providers: dict[str, Call] = {}
+    for backend in backends:
+        run_traced, providers[backend], out = _mac(case, scenario, rope, config, backend)
+        trace = run_traced()
+        _check(scenario, trace, out, full, expected)
 
     flush = torch.empty(2 * torch.cuda.get_device_properties(0).L2_cache_size, dtype=torch.int8, device=_DEVICE)
-    providers = {"mac": run_mac, "flashinfer-tc": run_flashinfer, "": lambda: None}
+    providers |= {"flashinfer-tc": run_flashinfer, "": lambda: None}
     calls = {name: [_after(flush, call)] * _per_round(call) for name, call in providers.items()}
     timed = measure(calls, device=_DEVICE, repeats=repeats)
     idle = timed.pop("").p50_us
-    token = 2 * layout.head_dim * cache[0].element_size()
+    token = 2 * layout.head_dim * scenario.kv.k_cache.element_size()
     return Measured(
         {name: Timing(t.p20_us - idle, t.p50_us - idle, t.p80_us - idle, t.n) for name, t in timed.items()},
         float(trace.hit.float().mean()),
@@ -117,6 +105,33 @@ def _outcome(case: DecodeCase, seed: int) -> torch.Tensor:
     hit = torch.ones(groups, dtype=torch.bool)
     hit[order[:misses] if case.miss_pattern == "scattered" else torch.arange(misses)] = False
     return hit.view(case.batch, case.layout.num_kv_heads)
+
+
+def _mac(
+    case: DecodeCase, scenario: Scenario, rope: mk.Rope, config: mk.MacConfig, backend: Backend
+) -> tuple[Callable[[], mk.StepTrace], Call, torch.Tensor]:
+    """One step with its trace, one without, and where both write."""
+    table = scenario.kv.table
+    mac = mk.BatchMacDecodeWithPagedKVCacheWrapper("NHD", backend=backend)
+    mac.plan(
+        table.indptr,
+        table.indices,
+        table.last_page_len,
+        layout=case.layout,
+        page_size=case.page_size,
+        config=config,
+        rope=rope,
+    )
+    out = torch.full_like(scenario.q, torch.nan)
+    cache = (scenario.kv.k_cache, scenario.kv.v_cache)
+    step = {
+        "rings": scenario.rings,
+        "layer": 0,
+        "slots": scenario.slots,
+        "generations": scenario.generations,
+        "out": out,
+    }
+    return lambda: mac.run_return_trace(scenario.q, cache, **step)[1], lambda: mac.run(scenario.q, cache, **step), out
 
 
 def _flashinfer(case: DecodeCase, scenario: Scenario) -> tuple[Call, torch.Tensor]:
@@ -161,6 +176,7 @@ def _reference_of_a_hit(scenario: Scenario, rope: mk.Rope, config: mk.MacConfig)
         layout=scenario.rings.layout,
         window=config.window,
         dtype=scenario.rings.dtype,
+        correction=scenario.rings.correction,
         device=_DEVICE,
     )
     rings.restore(0, scenario.rings.snapshot(request))

@@ -13,6 +13,7 @@ from mac_transformers.outdir import OutputFolder
 
 from . import results
 
+_DRAWN = {("triton", "careful"), ("fa2", "full")}
 _COLOURS = ("#777777", "#3b7dd8", "#d8573b")
 
 
@@ -21,7 +22,7 @@ def speedups(rows: list[results.Row], context: str) -> dict[tuple[str, str], lis
     latency: dict[tuple[str, ...], dict[str, float]] = defaultdict(dict)
     for row in rows:
         wanted = {"metric": "latency", "context": context, "lag": "64", "miss_pattern": "scattered"}
-        if wanted.items() <= row.items():
+        if wanted.items() <= row.items() and (row["backend"], row["config"]) in _DRAWN:
             group = str(int(row["hq"]) // int(row["hkv"]))
             latency[group, row["batch"], row["hit_rate"]][row["provider"]] = float(row["p50"])
     points = defaultdict(list)

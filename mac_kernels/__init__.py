@@ -31,6 +31,7 @@ _HOME = {
     "RingPool": "ring",
     "RingSnapshot": "snapshot",
     "Rope": "rope",
+    "RowTable": "paged",
     "SnapshotError": "errors",
     "StepTrace": "types",
     "UnsupportedError": "errors",
@@ -63,6 +64,7 @@ __all__ = [
     "RingPool",
     "RingSnapshot",
     "Rope",
+    "RowTable",
     "SnapshotError",
     "StepTrace",
     "UnsupportedError",
@@ -85,7 +87,7 @@ if TYPE_CHECKING:
     from .errors import ConfigError, InputError, MacError, MissingError, PlanError, SnapshotError, UnsupportedError
     from .match.accept import accept
     from .match.reference import find_match
-    from .paged import PagedKV, PageTable
+    from .paged import PagedKV, PageTable, RowTable
     from .prefill import fill_rings
     from .ring import RingPool
     from .rope import Rope

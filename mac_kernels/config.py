@@ -14,7 +14,10 @@ from typing import Any, Literal
 from .errors import ConfigError
 
 SCHEMA_VERSION = 1
+CONFIG_KEYS = ("schema", "preset", "mac", "serving")  # the last one is read by servers alone
 MatchScope = Literal["head", "group"]
+HeadTable = tuple[tuple[float, ...], ...]
+"""Numbers by layer, then by query head (or one for all heads of the layer)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +51,14 @@ class MacConfig:
     recompute_loaded_groups : bool, default True
         If any head of a kv group needs its KV, all heads of the group are computed exactly. ``False`` is the rule of
         the paper, a control that only the reference backend runs.
+    break_even : float or None, in (0, 1), default None
+        Share of reused kv groups below which a layer stops matching for a while (:mod:`mac_kernels.bypass`); ``None``:
+        it never does. What other requests of a batch hit then decides, too, so it is off by default.
+    thresholds : table of float, optional
+        ``threshold`` of every layer and query head (one number for all heads of a layer will do).
+    influence_scale : table of float, ``> 0``, optional
+        By layer and query head, factors of what ``influence`` bounds: how much an error of this head does to the
+        model's residual stream, relative to other heads. Calibrated for a model; ``None`` is 1 everywhere.
 
     Raises
     ------
@@ -71,8 +82,15 @@ class MacConfig:
     match_scope: MatchScope = "head"
     nominees: int | None = 12
     recompute_loaded_groups: bool = True
+    break_even: float | None = None
+    thresholds: HeadTable | None = None
+    influence_scale: HeadTable | None = None
 
     def __post_init__(self) -> None:
+        for name in ("thresholds", "influence_scale"):
+            table = getattr(self, name)
+            if isinstance(table, list | tuple) and all(isinstance(row, list | tuple) for row in table):
+                object.__setattr__(self, name, tuple(tuple(row) for row in table))  # JSON has lists
         problems = [*_type_problems(self), *_range_problems(self)]
         if problems:
             raise ConfigError("bad MacConfig: " + "; ".join(problems))
@@ -188,9 +206,9 @@ def parse_config(text: str, *, source: str = "config") -> tuple[str | None, dict
         raise ConfigError(
             f"{source}: schema {data.get('schema')!r} is not {SCHEMA_VERSION}; write the file again with this version"
         )
-    extra = [key for key in data if key not in ("schema", "preset", "mac")]
+    extra = [key for key in data if key not in CONFIG_KEYS]
     if extra:
-        raise ConfigError(f"{source}: unknown key {', '.join(map(repr, extra))}; known keys: schema, preset, mac")
+        raise ConfigError(f"{source}: unknown key {', '.join(map(repr, extra))}; known keys: {', '.join(CONFIG_KEYS)}")
     fields = data.get("mac", {})
     if not isinstance(fields, dict):
         raise ConfigError(f"{source}: 'mac' must be an object of MacConfig fields, got {type(fields).__name__}")
@@ -220,6 +238,23 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _is_table(value: object) -> bool:
+    if value is None:
+        return True
+    if not isinstance(value, tuple) or not value or not all(isinstance(row, tuple) and row for row in value):
+        return False
+    return len({len(row) for row in value}) == 1 and all(_is_number(x) for row in value for x in row)
+
+
+def _flat(table: HeadTable | None) -> list[float]:
+    return [] if table is None else [x for row in table for x in row]
+
+
 def _type_problems(c: MacConfig) -> list[str]:
     checks: list[tuple[str, bool, str]] = [
         *((name, _is_int(getattr(c, name)), "an integer") for name in ("window", "band", "sinks", "min_context")),
@@ -229,13 +264,18 @@ def _type_problems(c: MacConfig) -> list[str]:
         ),
         ("threshold", _is_number(c.threshold), "a number"),
         ("influence", c.influence is None or _is_number(c.influence), "a number or null"),
+        ("break_even", c.break_even is None or _is_number(c.break_even), "a number or null"),
         *(
             (name, isinstance(getattr(c, name), bool), "true or false")
             for name in ("correction", "recompute_loaded_groups")
         ),
         ("match_scope", c.match_scope in ("head", "group"), "'head' or 'group'"),
+        *(
+            (name, _is_table(getattr(c, name)), "null or, for every layer, a list of numbers, one per query head")
+            for name in ("thresholds", "influence_scale")
+        ),
     ]
-    return [f"{name}={getattr(c, name)!r} must be {kind}" for name, good, kind in checks if not good]
+    return [f"{name}={_short(getattr(c, name))} must be {kind}" for name, good, kind in checks if not good]
 
 
 def _range_problems(c: MacConfig) -> list[str]:
@@ -250,8 +290,11 @@ def _range_problems(c: MacConfig) -> list[str]:
         ("min_context", c.min_context > c.band + c.sinks, f"> band + sinks = {c.band + c.sinks} tokens"),
         ("max_age", c.max_age is None or c.max_age >= 1, ">= 1 token, or null for no limit"),
         ("nominees", c.nominees is None or c.nominees >= 1, ">= 1 row, or null to scan all"),
+        ("break_even", c.break_even is None or 0 < c.break_even < 1, "in (0, 1), or null to match always"),
+        ("thresholds", all(map(math.isfinite, _flat(c.thresholds))), "finite numbers"),
+        ("influence_scale", all(math.isfinite(x) and x > 0 for x in _flat(c.influence_scale)), "finite numbers > 0"),
     ]
-    return [f"{name}={getattr(c, name)!r} must be {allowed}" for name, good, allowed in checks if not good]
+    return [f"{name}={_short(getattr(c, name))} must be {allowed}" for name, good, allowed in checks if not good]
 
 
 PRESETS: dict[str, MacConfig] = {

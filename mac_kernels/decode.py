@@ -2,52 +2,26 @@
 
 from __future__ import annotations
 
-import dataclasses
-import math
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from . import ops
 from .config import MacConfig
 from .errors import InputError, PlanError
-from .paged import SUPPORTED_DTYPES, PagedKV, PageTable
-from .ring import RingPool, check_slots
+from .handles import register
+from .paged import PagedKV, PageTable, RowTable, Scale
+from .planning import Explanation, Plan, make_plan
+from .ring import RingPool
 from .rope import Rope
-from .step import reference_step
-from .support import BACKENDS, Backend, resolve_backend
+from .support import BACKENDS, Backend
 from .types import HeadLayout, KVLayout, StepTrace
 
 if TYPE_CHECKING:
-    from .fused import FusedStep
+    from .launch import LaunchParams
 
 __all__ = ["BatchMacDecodeWithPagedKVCacheWrapper", "Explanation"]
-
-
-@dataclass(frozen=True, slots=True)
-class Explanation:
-    """What ``plan()`` chose and why.
-
-    ``backend``: the backend in use; ``why``: one sentence; ``rejected``: the backends that ``"auto"`` passed over, each
-    with its reasons; ``config``: the effective config; ``notes``: what differs from the config that was asked for.
-    """
-
-    backend: str
-    why: str
-    rejected: dict[str, tuple[str, ...]]
-    config: MacConfig
-    notes: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class _Plan:
-    table: PageTable
-    layout: HeadLayout
-    config: MacConfig
-    rope: Rope
-    sm_scale: float
-    logits_soft_cap: float
-    fused: FusedStep | None
 
 
 class BatchMacDecodeWithPagedKVCacheWrapper:
@@ -59,9 +33,10 @@ class BatchMacDecodeWithPagedKVCacheWrapper:
     ----------
     kv_layout : {"NHD", "HND"}, default "NHD"
         ``[num_pages, page_size, Hkv, D]`` or ``[num_pages, Hkv, page_size, D]``.
-    backend : {"auto", "triton", "reference"}, default "auto"
-        ``"triton"``: two fused launches on an NVIDIA GPU, capturable in a CUDA graph. ``"reference"``: plain torch on
-        any device, the specification.
+    backend : {"auto", "triton", "flashinfer", "reference"}, default "auto"
+        ``"triton"``: two fused launches on an NVIDIA GPU, capturable in a CUDA graph. ``"flashinfer"``: FlashInfer
+        attends, capturable after the first ``run()`` (which compiles). ``"reference"``: plain torch on any device, the
+        specification.
 
     Raises
     ------
@@ -70,7 +45,8 @@ class BatchMacDecodeWithPagedKVCacheWrapper:
 
     Notes
     -----
-    With ``"triton"``, ``run()`` neither syncs nor, given ``out``, allocates, and can be captured once in a CUDA graph.
+    With ``"triton"``, ``run()`` neither syncs nor, given ``out``, allocates, and can be captured once in a CUDA graph;
+    with ``"flashinfer"`` this holds from the second ``run()`` of a plan on.
     Between replays the contents of every tensor may change (queries, caches, page table, slots, generations, rings) as
     long as no request grows beyond ``max_kv_len``; addresses, the batch size and everything else given to ``plan()``
     may not.
@@ -98,8 +74,8 @@ class BatchMacDecodeWithPagedKVCacheWrapper:
             raise InputError(f"backend={backend!r} must be one of 'auto', {', '.join(map(repr, BACKENDS))}")
         self._kv_layout: KVLayout = kv_layout
         self._backend = backend
-        self._plan: _Plan | None = None
-        self._explanation: Explanation | None = None
+        self._plan: Plan | None = None
+        self.number = register(self)
 
     def plan(
         self,
@@ -114,6 +90,8 @@ class BatchMacDecodeWithPagedKVCacheWrapper:
         sm_scale: float | None = None,
         logits_soft_cap: float = 0.0,
         max_kv_len: int | None = None,
+        kv_data_type: torch.dtype = torch.bfloat16,
+        launch: LaunchParams | None = None,
     ) -> None:
         """Validate a batch and choose the backend; nothing is changed if it raises.
 
@@ -136,6 +114,10 @@ class BatchMacDecodeWithPagedKVCacheWrapper:
         max_kv_len : int, optional, tokens
             Upper bound of the context when the page table changes between runs (CUDA graphs). Default: the longest
             request of this plan.
+        kv_data_type : torch.dtype, default torch.bfloat16
+            Of the cache that ``run()`` will see; only the choice of launch parameters depends on it.
+        launch : LaunchParams, optional
+            Launch parameters of the ``"triton"`` backend. Default: the tuned ones for this GPU and layout, if any.
 
         Raises
         ------
@@ -146,46 +128,77 @@ class BatchMacDecodeWithPagedKVCacheWrapper:
         """
         table = PageTable(indptr, indices, last_page_len, page_size)
         table.check()
-        config = MacConfig() if config is None else config
-        sm_scale = 1 / math.sqrt(layout.head_dim) if sm_scale is None else sm_scale
-        if not (math.isfinite(sm_scale) and sm_scale > 0):
-            raise InputError(f"sm_scale={sm_scale} must be finite and > 0; leave it out for 1 / sqrt(head_dim)")
-        if not (math.isfinite(logits_soft_cap) and logits_soft_cap >= 0):
-            raise InputError(f"logits_soft_cap={logits_soft_cap} must be finite and >= 0; 0 turns it off")
-        if rope.rotary_dim > layout.head_dim:
-            raise InputError(
-                f"rope.rotary_dim={rope.rotary_dim} must be <= head_dim={layout.head_dim}; build Rope from this model"
-            )
-        notes: tuple[str, ...] = ()
-        if logits_soft_cap > 0 and config.correction:
-            config = dataclasses.replace(config, correction=False)
-            notes = ("correction off: its derivative does not hold under a logits soft-cap",)
-        device = indptr.device
-        backend, why, rejected = resolve_backend(self._backend, config, layout, device)
         longest = max(int(table.kv_len().max()) if table.batch_size else 1, 1)
         if max_kv_len is not None and max_kv_len < longest:
             raise InputError(f"max_kv_len={max_kv_len} must be >= {longest}, the longest request of this plan")
-        max_kv_len = longest if max_kv_len is None else max_kv_len
-        if rope.max_position is not None and max_kv_len > rope.max_position:
-            raise InputError(
-                f"the context may reach {max_kv_len} tokens but rope knows positions below {rope.max_position}; "
-                "build Rope from a longer cos_sin_cache"
-            )
-        fused = None
-        if backend == "triton":
-            from .fused import FusedStep  # imports triton, which the reference backend does not need
+        self._plan = make_plan(
+            self._backend,
+            table,
+            layout=layout,
+            rope=rope,
+            config=config,
+            sm_scale=sm_scale,
+            logits_soft_cap=logits_soft_cap,
+            max_kv_len=longest if max_kv_len is None else max_kv_len,
+            kv_data_type=kv_data_type,
+            launch=launch,
+        )
 
-            fused = FusedStep(
-                table,
-                layout,
-                config,
-                rope,
-                sm_scale=sm_scale,
-                logits_soft_cap=logits_soft_cap,
-                max_kv_len=max_kv_len,
+    def plan_rows(
+        self,
+        req_to_token: torch.Tensor,
+        req_pool_indices: torch.Tensor,
+        seq_lens: torch.Tensor,
+        *,
+        layout: HeadLayout,
+        rope: Rope,
+        max_kv_len: int,
+        config: MacConfig | None = None,
+        sm_scale: float | None = None,
+        logits_soft_cap: float = 0.0,
+        kv_data_type: torch.dtype = torch.bfloat16,
+        launch: LaunchParams | None = None,
+    ) -> None:
+        """:meth:`plan` over rows of token slots, as SGLang keeps them, without asking the device for anything.
+
+        One plan serves every step and layer of a batch size: the kernels read rows and lengths where they are.
+
+        Parameters
+        ----------
+        req_to_token : torch.Tensor, [rows, max_context] int32
+            Token slots of every request of the pool; the cache has pages of one token.
+        req_pool_indices, seq_lens : torch.Tensor, [B] int32 or int64
+            Row and length of every request, the current token included. A padded entry may name any row with length 0
+            (its output is 0) or 1.
+        max_kv_len : int, tokens
+            Upper bound of the context over all runs, at most ``max_context``.
+        layout, rope, config, sm_scale, logits_soft_cap, kv_data_type, launch
+            As for :meth:`plan`.
+
+        Raises
+        ------
+        InputError
+            If a tensor, length or scale is wrong.
+        UnsupportedError
+            If the chosen backend cannot run the configuration.
+        """
+        table = RowTable(req_to_token, req_pool_indices, seq_lens)
+        if not 1 <= max_kv_len <= req_to_token.shape[1]:
+            raise InputError(
+                f"max_kv_len={max_kv_len} must be in [1, {req_to_token.shape[1]}], the columns of req_to_token"
             )
-        self._plan = _Plan(table, layout, config, rope, sm_scale, logits_soft_cap, fused)
-        self._explanation = Explanation(backend, why, rejected, config, notes)
+        self._plan = make_plan(
+            self._backend,
+            table,
+            layout=layout,
+            rope=rope,
+            config=config,
+            sm_scale=sm_scale,
+            logits_soft_cap=logits_soft_cap,
+            max_kv_len=max_kv_len,
+            kv_data_type=kv_data_type,
+            launch=launch,
+        )
 
     def run(
         self,
@@ -196,6 +209,8 @@ class BatchMacDecodeWithPagedKVCacheWrapper:
         layer: int,
         slots: torch.Tensor,
         generations: torch.Tensor,
+        k_scale: Scale | None = None,
+        v_scale: Scale | None = None,
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Decode one token of every request in one layer and update the rings.
@@ -212,6 +227,9 @@ class BatchMacDecodeWithPagedKVCacheWrapper:
         slots, generations : torch.Tensor, [B] int64
             Request slot and its generation; a slot without a ring, or with another generation, is computed exactly and
             stores nothing.
+        k_scale, v_scale : float or torch.Tensor, optional
+            What the stored keys and values are to be multiplied with (fp8 caches): a number, or one fp32 on the device.
+            Default 1.
         out : torch.Tensor, optional, [B, Hq, D], dtype of ``q``
             Written in place and returned.
 
@@ -226,7 +244,31 @@ class BatchMacDecodeWithPagedKVCacheWrapper:
         InputError
             If an input does not fit the plan; no ring is changed then.
         """
-        return self._step(q, paged_kv_cache, rings, layer, slots, generations, out)[0]
+        if torch.compiler.is_compiling():
+            return ops.decode(
+                q,
+                paged_kv_cache,
+                self._planned().planned.table,
+                wrapper=self.number,
+                rings=rings,
+                layer=layer,
+                slots=slots,
+                generations=generations,
+                k_scale=k_scale,
+                v_scale=v_scale,
+                out=out,
+            )
+        return self.run_in_graph(
+            q,
+            paged_kv_cache,
+            rings=rings,
+            layer=layer,
+            slots=slots,
+            generations=generations,
+            k_scale=k_scale,
+            v_scale=v_scale,
+            out=out,
+        )
 
     def run_return_trace(
         self,
@@ -237,47 +279,57 @@ class BatchMacDecodeWithPagedKVCacheWrapper:
         layer: int,
         slots: torch.Tensor,
         generations: torch.Tensor,
+        k_scale: Scale | None = None,
+        v_scale: Scale | None = None,
         out: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, StepTrace]:
         """:meth:`run`, and what was decided."""
-        result, trace = self._step(q, paged_kv_cache, rings, layer, slots, generations, out)
-        if trace is None:
-            fused = self._planned().fused
-            assert fused is not None  # only the fused step leaves its trace behind
-            trace = fused.trace()
-        return result, trace
+        result = self.run_in_graph(
+            q,
+            paged_kv_cache,
+            rings=rings,
+            layer=layer,
+            slots=slots,
+            generations=generations,
+            k_scale=k_scale,
+            v_scale=v_scale,
+            out=out,
+        )
+        return result, self._planned().step.trace()
 
-    def _step(
+    def run_in_graph(
         self,
         q: torch.Tensor,
         paged_kv_cache: tuple[torch.Tensor, torch.Tensor],
+        *,
         rings: RingPool,
         layer: int,
         slots: torch.Tensor,
         generations: torch.Tensor,
+        k_scale: Scale | None,
+        v_scale: Scale | None,
         out: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, StepTrace | None]:
-        """Run one step; the fused backend leaves its trace on the device until it is asked for."""
+        table: Sequence[torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """:meth:`run`, where a compiled graph may have put the page table into other tensors (``table``)."""
         plan = self._planned()
-        kv = PagedKV(paged_kv_cache[0], paged_kv_cache[1], plan.table, plan.layout, self._kv_layout)
-        _check_step(plan, q, kv, rings, layer, slots, generations, out)
-        if plan.fused is not None:
-            result = torch.empty_like(q) if out is None else out
-            plan.fused.run(q, kv, rings, layer=layer, slots=slots, generations=generations, out=result)
-            return result, None
-        result, trace = reference_step(
-            q,
-            kv,
-            rings,
-            layer=layer,
-            slots=slots,
-            generations=generations,
-            config=plan.config,
-            rope=plan.rope,
-            sm_scale=plan.sm_scale,
-            logits_soft_cap=plan.logits_soft_cap,
+        planned = plan.planned
+        k_cache, v_cache = paged_kv_cache
+        kv = PagedKV(
+            k_cache,
+            v_cache,
+            planned.table if table is None else planned.table.over(table),
+            planned.layout,
+            self._kv_layout,
+            1.0 if k_scale is None else k_scale,
+            1.0 if v_scale is None else v_scale,
         )
-        return (result.to(q.dtype) if out is None else out.copy_(result)), trace
+        if kv.table is not planned.table and plan.explanation.backend == "flashinfer":
+            raise InputError("backend 'flashinfer' reads the planned page table; do not change it in a compiled graph")
+        plan.check(q, kv, rings, layer=layer, slots=slots, generations=generations, out=out)
+        out = torch.empty_like(q) if out is None else out
+        plan.step.run(q, kv, rings, layer=layer, slots=slots, generations=generations, out=out)
+        return out
 
     def explain(self) -> Explanation:
         """Tell what the last ``plan()`` chose and why.
@@ -287,44 +339,9 @@ class BatchMacDecodeWithPagedKVCacheWrapper:
         PlanError
             If ``plan()`` was not called.
         """
-        self._planned()
-        assert self._explanation is not None  # set together with the plan
-        return self._explanation
+        return self._planned().explanation
 
-    def _planned(self) -> _Plan:
+    def _planned(self) -> Plan:
         if self._plan is None:
             raise PlanError("plan() must be called before run() and explain()")
         return self._plan
-
-
-def _check_step(
-    plan: _Plan,
-    q: torch.Tensor,
-    kv: PagedKV,
-    rings: RingPool,
-    layer: int,
-    slots: torch.Tensor,
-    generations: torch.Tensor,
-    out: torch.Tensor | None,
-) -> None:
-    batch, layout = plan.table.batch_size, plan.layout
-    shape = (batch, layout.num_qo_heads, layout.head_dim)
-    if q.shape != shape or q.dtype not in SUPPORTED_DTYPES:
-        raise InputError(
-            f"q must be {list(shape)} in fp32, bf16 or fp16, got {list(q.shape)} {q.dtype}; plan() the batch you run"
-        )
-    if q.stride(-1) != 1:
-        raise InputError(f"q must be contiguous in the head dim, got stride {q.stride(-1)}; call .contiguous()")
-    if out is not None and (out.shape != shape or out.dtype != q.dtype):
-        raise InputError(
-            f"out must be {list(shape)} {q.dtype} like q, got {list(out.shape)} {out.dtype}; allocate empty_like(q)"
-        )
-    rings.check_fits(layer, layout, plan.config)
-    check_slots(slots, generations, batch)
-    devices = {t.device for t in (q, kv.k_cache, kv.table.indptr, slots, generations, rings.slot_table)}
-    if len(devices) > 1:
-        raise InputError(
-            f"all tensors and the rings must be on one device, got {', '.join(sorted(map(str, devices)))}; move them"
-        )
-    if q.device.type == "cpu":  # on a GPU this would sync; there the page table is the caller's to keep right
-        kv.table.check(num_pages=kv.k_cache.shape[0])

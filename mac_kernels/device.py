@@ -1,18 +1,46 @@
-"""What the kernels share: a request's position and ring, its query before RoPE, the sketch of it."""
+"""What the kernels share: a request's position and ring, its query before RoPE, the sketch of it, scales."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
+from . import bypass
+
+TRIAL_GROUPS = tl.constexpr(bypass.TRIAL_GROUPS)
+PAUSE_STEPS = tl.constexpr(bypass.PAUSE_STEPS)
+
 
 @triton.jit
-def position_of(request, indptr_ptr, last_page_len_ptr, PAGE_SIZE: tl.constexpr):
-    """Position of a request's newest token, -1 if it has none, and where its pages begin."""
-    first_page = tl.load(indptr_ptr + request)
-    pages = tl.load(indptr_ptr + request + 1) - first_page
-    last = tl.load(last_page_len_ptr + request)
-    return tl.where(pages > 0, (pages - 1) * PAGE_SIZE + last, 0) - 1, first_page
+def first_entry(request, begin_ptr, ROW_STRIDE: tl.constexpr):
+    """Where a request's pages begin, 64 bit: ``begin_ptr`` holds running counts, or rows of ``ROW_STRIDE`` entries."""
+    begin = tl.load(begin_ptr + request).to(tl.int64)
+    if ROW_STRIDE > 0:
+        begin *= ROW_STRIDE
+    return begin
+
+
+@triton.jit
+def position_of(request, begin_ptr, length_ptr, PAGE_SIZE: tl.constexpr, ROW_STRIDE: tl.constexpr):
+    """Position of a request's newest token, -1 if it has none, and where its pages begin.
+
+    ``length_ptr`` holds the tokens of the last page, or with rows those of the request.
+    """
+    first = first_entry(request, begin_ptr, ROW_STRIDE)
+    length = tl.load(length_ptr + request).to(tl.int32)
+    if ROW_STRIDE == 0:
+        pages = (first_entry(request + 1, begin_ptr, ROW_STRIDE) - first).to(tl.int32)
+        length = tl.where(pages > 0, (pages - 1) * PAGE_SIZE + length, 0)
+    return length - 1, first
+
+
+@triton.jit
+def scale_of(scale, ON_DEVICE: tl.constexpr):
+    """A scale that is given as a number, or as a pointer to one."""
+    if ON_DEVICE:
+        return tl.load(scale)
+    else:
+        return scale
 
 
 @triton.jit
@@ -22,6 +50,29 @@ def ring_of(request, slots_ptr, generations_ptr, slot_table_ptr, ring_generation
     ring = tl.load(slot_table_ptr + slot, mask=(slot >= 0) & (slot < num_slots), other=-1)
     generation = tl.load(ring_generation_ptr + ring, mask=ring >= 0, other=-1)
     return ring, (ring >= 0) & (generation == tl.load(generations_ptr + request))
+
+
+@triton.jit
+def rows_to_search(bypass_ptr, WINDOW: tl.constexpr, BYPASS: tl.constexpr):
+    """Rows of the ring that this step looks at: all, or none while the layer's matching is bypassed."""
+    if BYPASS:
+        return tl.where(tl.load(bypass_ptr + 2) > 0, 0, WINDOW)
+    else:
+        return WINDOW
+
+
+@triton.jit
+def end_of_step(bypass_ptr, break_even):
+    """Judge a layer's hits when all groups of a step are counted: :meth:`mac_kernels.bypass.Bypass.update`."""
+    hits = tl.load(bypass_ptr)
+    judged = tl.load(bypass_ptr + 1)
+    pause = tl.load(bypass_ptr + 2)
+    enough = judged >= TRIAL_GROUPS
+    poor = enough & (hits.to(tl.float32) < judged.to(tl.float32) * break_even)
+    fade = tl.where(enough, 2, 1)
+    tl.store(bypass_ptr, tl.where(poor, 0, hits // fade))
+    tl.store(bypass_ptr + 1, tl.where(poor, 0, judged // fade))
+    tl.store(bypass_ptr + 2, tl.where(poor, PAUSE_STEPS, tl.maximum(pause - 1, 0)))
 
 
 @triton.jit

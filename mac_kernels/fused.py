@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,18 +10,54 @@ import triton
 
 from .attend.triton import rest_kernel
 from .complete.triton import complete_kernel
-from .config import MacConfig
+from .errors import UnsupportedError
 from .launch import LaunchParams, block_n, default_launch
-from .match.accept import distance_cap
+from .match.accept import limit_tables
 from .match.triton import scout_kernel
 from .match.triton_decide import decide_kernel
-from .paged import PagedKV, PageTable
+from .paged import PagedKV, Table
+from .planning import Planned
 from .ring import RingPool
-from .rope import Rope
-from .types import LOG2_E, HeadLayout, StepTrace
+from .types import LOG2_E, StepTrace
 
 _INT32_MAX = 2**31 - 1
 _FIELDS = 8  # per kv group: low, high, position, ring, reuse, anchor, reason, head hits as bits
+Arguments = dict[str, Any]
+"""Kernel arguments by parameter name; a name means the same in every kernel."""
+
+
+class _Launch:
+    """A kernel with all arguments but the first few, which change from step to step.
+
+    From its second call on, it skips what Triton does to find the compiled kernel: given the same strides and dtypes,
+    that depends on nothing but whether the pointers are aligned.
+    """
+
+    def __init__(self, kernel: Any, grid: int, arguments: Arguments, options: Arguments) -> None:
+        self._kernel, self._grid, self._arguments = kernel, (grid, 1, 1), {**arguments, **options}
+        self._last = tuple(arguments.values())
+        self._compiled: Any = None  # stays None under the interpreter
+
+    def __call__(self, *first: Any, aligned: bool) -> None:
+        """Launch; ``aligned``: every pointer among ``first`` is a multiple of 16."""
+        if aligned and self._compiled is not None:
+            self._compiled[self._grid](*first, *self._last)
+            return
+        compiled = self._kernel[self._grid](*first, **self._arguments)
+        if aligned:
+            self._compiled = compiled
+
+
+@dataclass(frozen=True, slots=True)
+class _Bound:
+    """The launches of one layer, for as long as rings and table lie where they did."""
+
+    rings: RingPool
+    table: Table
+    scout: _Launch
+    decide: _Launch
+    rest: _Launch
+    complete: _Launch
 
 
 class FusedStep:
@@ -29,53 +65,44 @@ class FusedStep:
 
     Parameters
     ----------
-    table : PageTable
-        Device page table; its values may change between runs, its batch size may not.
-    layout, config, rope, sm_scale, logits_soft_cap
-        As planned.
-    max_kv_len : int, tokens
-        Upper bound of the context over all runs.
+    planned : Planned
+        The values of its table may change between runs, its batch size may not.
     launch : LaunchParams, optional
         Default: :func:`default_launch`.
     """
 
-    def __init__(
-        self,
-        table: PageTable,
-        layout: HeadLayout,
-        config: MacConfig,
-        rope: Rope,
-        *,
-        sm_scale: float,
-        logits_soft_cap: float,
-        max_kv_len: int,
-        launch: LaunchParams | None = None,
-    ) -> None:
-        device = table.indptr.device
-        groups = table.batch_size * layout.num_kv_heads
+    def __init__(self, planned: Planned, *, launch: LaunchParams | None = None) -> None:
+        self._planned = planned
+        table, layout, config = planned.table, planned.layout, planned.config
+        device, groups = table.device, table.batch_size * layout.num_kv_heads
         sms = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
         self.launch = default_launch(groups, config, sms) if launch is None else launch
-        self.programs = self.launch.programs_per_sm * sms
-        self._groups, self._layout, self._config, self._batch = groups, layout, config, table.batch_size
-        self._interleaved, self._rotary_dim = rope.interleaved, rope.rotary_dim
-        self._cos_sin = rope.cos_sin_cache(max_kv_len, device)
-        self._logit_scale = sm_scale * LOG2_E
-        self._soft_cap = logits_soft_cap
+        self.programs, self._groups = self.launch.programs_per_sm * sms, groups
         self._pdl = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+        self._bound: dict[tuple[object, ...], _Bound] = {}
+        self._caps, self._influences = limit_tables(config, layout, device)
         splits, group, dim = self.launch.splits, layout.group_size, layout.head_dim
 
         def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
             return torch.empty(shape, dtype=dtype, device=device)
 
-        self._scan = empty(groups, config.window, dtype=torch.int32)
-        self._always_out, self._always_lse = empty(groups, splits, group, dim), empty(groups, splits, group)
         most_parts = self.programs + groups
-        self._part_out, self._part_key = empty(most_parts, group, dim), empty(most_parts, group, dim)
-        self._part_lse = empty(most_parts, group)
-        self._parts = empty(groups, 2, dtype=torch.int32)
         self._int = empty(groups, 3, group, dtype=torch.int32)
         self._float = empty(groups, 3, group)
         self._info = empty(groups, _FIELDS, dtype=torch.int32)
+        self._workspace: Arguments = {
+            "cos_sin_ptr": planned.rope.cos_sin_cache(planned.max_kv_len, device),
+            "scan_ptr": empty(groups, config.window, dtype=torch.int32),
+            "always_out_ptr": empty(groups, splits, group, dim),
+            "always_lse_ptr": empty(groups, splits, group),
+            "part_out_ptr": empty(most_parts, group, dim),
+            "part_key_ptr": empty(most_parts, group, dim),
+            "part_lse_ptr": empty(most_parts, group),
+            "parts_ptr": empty(groups, 2, dtype=torch.int32),
+            "decision_int_ptr": self._int,
+            "decision_float_ptr": self._float,
+            "group_ptr": self._info,
+        }
 
     def run(
         self,
@@ -89,101 +116,124 @@ class FusedStep:
         out: torch.Tensor,
     ) -> None:
         """Launch the kernels for ``q`` [B, Hq, D]; writes ``out`` and the ring rows."""
-        config, layout, launch = self._config, self._layout, self.launch
-        field = {name: tensor[layer] for name, tensor in rings.fields.items()}
-        key = field["kbar"] if rings.correction else field["out"]
-        sketch = rings.sketch
-        assert sketch is not None  # check_fits() refused pools without one
-        token_axis, head_axis = (1, 2) if kv.kv_layout == "NHD" else (2, 1)
-        k, v = kv.k_cache, kv.v_cache
-        strides = tuple(cache.stride(axis) for cache in (k, v) for axis in (0, token_axis, head_axis))
-        dim, group = layout.head_dim, layout.group_size
-        terms, sketch_dim = sketch.index.shape
-        heads, attend, ring, ranges, rotation = self._constants(kv)
-        block_g, block_d = ranges["BLOCK_G"], heads["BLOCK_D"]
-        per_split = -(-(config.band + config.sinks) // launch.splits)
-        owner = (slots, generations, rings.slot_table, rings.ring_generation, rings.num_slots)
-        block_splits = triton.next_power_of_2(launch.splits)
-        nominees = config.nominees or 1
-        block_nominees = triton.next_power_of_2(nominees)
-        scout_kernel[(self._groups * 2 * launch.splits,)](
-            q, q.stride(0), q.stride(1), k, v, *strides,
-            kv.table.indptr, kv.table.indices, kv.table.last_page_len, *owner,
-            field["q_pre"], field["pos"], field["sketch"], field["sketch_scale"],
-            sketch.index, sketch.sign, self._cos_sin, self._scan, self._always_out, self._always_lse,
-            self._logit_scale, self._soft_cap,
-            TERMS=terms, SKETCH_DIM=sketch_dim,
-            BLOCK_T=triton.next_power_of_2(terms), BLOCK_K=triton.next_power_of_2(sketch_dim),
-            BLOCK_R=launch.block_rows, STAGES=launch.scout_stages,
-            BLOCK_N=block_n(launch.scout_tile_bytes, block_d, k.element_size(), triton.next_power_of_2(per_split)),
-            num_warps=launch.scout_warps, **heads, **attend, **ring, **ranges, **rotation,
+        k, v, k_scale, v_scale = kv.k_cache, kv.v_cache, kv.k_scale, kv.v_scale
+        stride_b, stride_h, _ = q.stride()
+        out_stride_b, out_stride_h, _ = out.stride()
+        address = (
+            q.data_ptr() | out.data_ptr() | k.data_ptr() | v.data_ptr() | slots.data_ptr() | generations.data_ptr()
+        )
+        form: tuple[object, ...] = (
+            layer, stride_b, stride_h, out_stride_b, out_stride_h, k.stride(), v.stride(), q.dtype, k.dtype,
+            slots.dtype, generations.dtype,
         )  # fmt: skip
-        decide_kernel[(self._groups,)](
-            q, q.stride(0), q.stride(1), kv.table.indptr, kv.table.last_page_len, *owner,
-            field["q_pre"], key, field["lse2"], field["anchor"], self._cos_sin, rings.counters.values[layer],
-            self._scan, self._always_lse, self._int, self._float, self._info,
-            self._logit_scale, distance_cap(config, dim),
-            math.inf if config.influence is None else config.influence * math.sqrt(2 * dim),
-            _INT32_MAX if config.max_age is None else config.max_age, config.min_context,
-            NUM_QO_HEADS=layout.num_qo_heads, NOMINEES=nominees, BLOCK_NOMINEES=block_nominees,
-            NOMINEES_AT_ONCE=min(block_nominees, max(1, 64 // block_g)), BLOCK_SPLITS=block_splits,
-            GROUP_SCOPE=config.match_scope == "group", CORRECTION=config.correction, PAGE_SIZE=kv.table.page_size,
-            num_warps=launch.decide_warps, **heads, **ring, **ranges, **rotation,
-        )  # fmt: skip
-        rest_kernel[(self.programs,)](
-            q, q.stride(0), q.stride(1), k, v, *strides, kv.table.indptr, kv.table.indices,
-            self._int, self._info, self._parts, self._part_out, self._part_key, self._part_lse,
-            self._logit_scale, self._soft_cap, self._groups, self.programs,
-            KBAR=rings.correction, BLOCK_N=block_n(launch.rest_tile_bytes, block_d, k.element_size()),
-            BLOCK_GROUPS=triton.next_power_of_2(self._groups), STAGES=launch.rest_stages, num_warps=launch.rest_warps,
-            **heads, **attend,
-        )  # fmt: skip
-        complete_kernel[(self._groups * group,)](
-            out, out.stride(0), out.stride(1), self._int, self._float, self._info, self._parts,
-            self._part_out, self._part_key, self._part_lse, self._always_out, self._always_lse,
-            field["out"], key, field["lse2"], field["pos"], field["anchor"], self._cos_sin,
-            NUM_QO_HEADS=layout.num_qo_heads, BLOCK_SPLITS=block_splits, BLOCK_P=launch.block_parts,
-            KBAR=rings.correction, num_warps=launch.complete_warps, **heads, **ring, **rotation,
-        )  # fmt: skip
+        if isinstance(k_scale, torch.Tensor) and isinstance(v_scale, torch.Tensor):
+            address |= k_scale.data_ptr() | v_scale.data_ptr()
+            form = (*form, True)
+        bound = self._bound.get(form)
+        if bound is None or bound.rings is not rings or bound.table is not kv.table:
+            bound = self._bound[form] = self._bind(q, kv, rings, layer)
+        aligned = address % 16 == 0
+        bound.scout(q, stride_b, stride_h, k, v, slots, generations, k_scale, v_scale, aligned=aligned)
+        bound.decide(q, stride_b, stride_h, slots, generations, aligned=aligned)
+        bound.rest(q, stride_b, stride_h, k, v, k_scale, v_scale, aligned=aligned)
+        bound.complete(out, out_stride_b, out_stride_h, aligned=aligned)
 
-    def _constants(self, kv: PagedKV) -> tuple[dict[str, Any], ...]:
-        """Compile-time constants by what they describe: heads, attention, ring, ranges, rotation."""
-        config, layout, launch = self._config, self._layout, self.launch
-        block_g = triton.next_power_of_2(layout.group_size)
-        heads = {
-            "NUM_KV_HEADS": layout.num_kv_heads,
-            "GROUP": layout.group_size,
-            "HEAD_DIM": layout.head_dim,
-            "BLOCK_D": max(16, triton.next_power_of_2(layout.head_dim)),
+    def _bind(self, q: torch.Tensor, kv: PagedKV, rings: RingPool, layer: int) -> _Bound:
+        launch, block_d, itemsize = self.launch, _block_d(kv.layout.head_dim), max(q.element_size(), kv.itemsize)
+        config, device = self._planned.config, q.device
+        if (
+            kv.k_cache.dtype.itemsize == 1
+            and device.type == "cuda"
+            and torch.cuda.get_device_capability(device) < (8, 9)
+        ):
+            raise UnsupportedError(
+                "backend 'triton'",
+                (f"an fp8 cache on {torch.cuda.get_device_name(device)} (needs compute capability 8.9)",),
+                "Use a bf16 cache, or backend='reference'.",
+            )
+        band = triton.next_power_of_2(-(-(config.band + config.sinks) // launch.splits))
+        values = {
+            **self._workspace,
+            **kv_arguments(kv, q.dtype),
+            **ring_arguments(rings, layer),
+            **self._rule(layer),
             "PDL": self._pdl,
-            **({"launch_pdl": True} if self._pdl else {}),
         }
-        attend = {
-            "BLOCK_M": max(16, block_g),
-            "SOFT_CAP": self._soft_cap > 0,
-            "PAGE_SIZE": kv.table.page_size,
-            "PRECISION": "ieee" if kv.k_cache.dtype == torch.float32 else "tf32",
-        }
-        rotation = {"ROTARY_DIM": self._rotary_dim, "INTERLEAVED": self._interleaved}
-        ring = {"WINDOW": config.window, "SPLITS": launch.splits}
-        ranges = {
+
+        def bind(kernel: Any, programs: int, warps: int, **own: Any) -> _Launch:
+            options = {"num_warps": warps, **({"launch_pdl": True} if self._pdl else {})}
+            return _Launch(kernel, programs, taken_by(kernel, {**values, **own}), options)
+
+        return _Bound(
+            rings,
+            kv.table,
+            scout=bind(
+                scout_kernel,
+                self._groups * 2 * launch.splits,
+                launch.scout_warps,
+                BLOCK_R=launch.block_rows,
+                BLOCK_N=block_n(launch.scout_tile_bytes, block_d, itemsize, band),
+                STAGES=launch.scout_stages,
+            ),
+            decide=bind(decide_kernel, self._groups, launch.decide_warps),
+            rest=bind(
+                rest_kernel,
+                self.programs,
+                launch.rest_warps,
+                BLOCK_N=block_n(launch.rest_tile_bytes, block_d, itemsize),
+                STAGES=launch.rest_stages,
+            ),
+            complete=bind(
+                complete_kernel,
+                self._groups * kv.layout.group_size,
+                launch.complete_warps,
+                BLOCK_P=launch.block_parts,
+            ),
+        )
+
+    def _rule(self, layer: int) -> Arguments:
+        """What depends on config, rotation and workspace."""
+        planned, launch = self._planned, self.launch
+        config, rope, nominees = planned.config, planned.rope, planned.config.nominees or 1
+        block_nominees = triton.next_power_of_2(nominees)
+        block_g = triton.next_power_of_2(planned.layout.group_size)
+        of_layer = min(layer, len(self._caps) - 1)  # one row serves all layers if they do not differ
+        return {
+            "logit_scale": planned.sm_scale * LOG2_E,
+            "soft_cap": planned.logits_soft_cap,
+            "cap_ptr": self._caps[of_layer],
+            "influence_ptr": self._influences[of_layer],
+            "max_age": _INT32_MAX if config.max_age is None else config.max_age,
+            "min_context": config.min_context,
+            "break_even": config.break_even or 0.0,
+            "num_groups": self._groups,
+            "num_programs": self.programs,
             "BAND": config.band,
             "SINKS": config.sinks,
-            "BLOCK_W": triton.next_power_of_2(config.window),
-            "BLOCK_G": block_g,
+            "NOMINEES": nominees,
+            "BLOCK_NOMINEES": block_nominees,
+            "NOMINEES_AT_ONCE": min(block_nominees, max(1, 64 // block_g)),
+            "GROUP_SCOPE": config.match_scope == "group",
+            "CORRECTION": config.correction,
+            "BYPASS": config.break_even is not None,
+            "SOFT_CAP": planned.logits_soft_cap > 0,
+            "ROTARY_DIM": rope.rotary_dim,
+            "INTERLEAVED": rope.interleaved,
+            "SPLITS": launch.splits,
+            "BLOCK_SPLITS": triton.next_power_of_2(launch.splits),
+            "BLOCK_GROUPS": triton.next_power_of_2(self._groups),
         }
-        return heads, attend, ring, ranges, rotation
 
     def trace(self) -> StepTrace:
         """What the last run decided (views and small copies on the device)."""
-        heads = (self._batch, self._layout.num_qo_heads)
-        groups = (self._batch, self._layout.num_kv_heads)
-        info = self._info.view(*groups, _FIELDS).long()
-        bits = torch.arange(self._layout.group_size, device=info.device)
+        layout, config, batch = self._planned.layout, self._planned.config, self._planned.table.batch_size
+        heads = (batch, layout.num_qo_heads)
+        info = self._info.view(batch, layout.num_kv_heads, _FIELDS).long()
+        bits = torch.arange(layout.group_size, device=info.device)
         kv_len = info[:, 0, 2] + 1
-        stop = torch.clamp(kv_len - self._config.band, min=self._config.sinks)
+        stop = torch.clamp(kv_len - config.band, min=config.sinks)
         low = info[..., 0]
-        read = (stop[:, None] - low).clamp(min=0) + (kv_len - stop).clamp(min=0)[:, None] + self._config.sinks
+        read = (stop[:, None] - low).clamp(min=0) + (kv_len - stop).clamp(min=0)[:, None] + config.sinks
         return StepTrace(
             reason=info[..., 6],
             head_hit=((info[..., 7, None] >> bits) & 1).bool().reshape(heads),
@@ -195,3 +245,73 @@ class FusedStep:
             kv_read=torch.minimum(read, kv_len[:, None]),
             kv_len=kv_len,
         )
+
+
+def taken_by(kernel: Any, values: Arguments) -> Arguments:
+    """Those arguments that a kernel has a parameter for."""
+    return {name: values[name] for name in kernel.arg_names if name in values}
+
+
+def kv_arguments(kv: PagedKV, q_dtype: torch.dtype) -> Arguments:
+    """Table, strides and heads of a cache."""
+    begin, pages, lengths = kv.table.pointers
+    layout, dim, block_g = kv.layout, kv.layout.head_dim, triton.next_power_of_2(kv.layout.group_size)
+    token_axis, head_axis = (1, 2) if kv.kv_layout == "NHD" else (2, 1)
+    strides = {
+        f"stride_{name}{axis}": cache.stride(dim)
+        for name, cache in (("k", kv.k_cache), ("v", kv.v_cache))
+        for axis, dim in (("p", 0), ("t", token_axis), ("h", head_axis))
+    }
+    return {
+        **strides,
+        "begin_ptr": begin,
+        "page_ptr": pages,
+        "length_ptr": lengths,
+        "PAGE_SIZE": kv.table.page_size,
+        "ROW_STRIDE": kv.table.row_stride,
+        "SCALES_ON_DEVICE": isinstance(kv.k_scale, torch.Tensor),
+        "PRECISION": "ieee" if q_dtype == torch.float32 else "tf32",
+        "NUM_QO_HEADS": layout.num_qo_heads,
+        "NUM_KV_HEADS": layout.num_kv_heads,
+        "GROUP": layout.group_size,
+        "BLOCK_G": block_g,
+        "BLOCK_M": max(16, block_g),
+        "HEAD_DIM": dim,
+        "BLOCK_D": _block_d(dim),
+    }
+
+
+def ring_arguments(rings: RingPool, layer: int) -> Arguments:
+    """Rows of a layer, who owns a ring, counters and sketch."""
+    field = {name: tensor[layer] for name, tensor in rings.fields.items()}
+    sketch = rings.sketch
+    assert sketch is not None  # check_fits() refused pools without one
+    terms, sketch_dim = sketch.index.shape
+    return {
+        "ring_q_ptr": field["q_pre"],
+        "ring_out_ptr": field["out"],
+        "ring_key_ptr": field["kbar"] if rings.correction else field["out"],
+        "ring_lse_ptr": field["lse2"],
+        "ring_pos_ptr": field["pos"],
+        "ring_anchor_ptr": field["anchor"],
+        "ring_sketch_ptr": field["sketch"],
+        "ring_scale_ptr": field["sketch_scale"],
+        "slot_table_ptr": rings.slot_table,
+        "ring_generation_ptr": rings.ring_generation,
+        "num_slots": rings.num_slots,
+        "counters_ptr": rings.counters.values[layer],
+        "bypass_ptr": rings.bypass.values[layer],
+        "sketch_index_ptr": sketch.index,
+        "sketch_sign_ptr": sketch.sign,
+        "KBAR": rings.correction,
+        "WINDOW": rings.window,
+        "BLOCK_W": triton.next_power_of_2(rings.window),
+        "TERMS": terms,
+        "SKETCH_DIM": sketch_dim,
+        "BLOCK_T": triton.next_power_of_2(terms),
+        "BLOCK_K": triton.next_power_of_2(sketch_dim),
+    }
+
+
+def _block_d(head_dim: int) -> int:
+    return max(16, int(triton.next_power_of_2(head_dim)))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +13,11 @@ import torch
 from .errors import InputError
 from .types import HeadLayout, KVLayout
 
+_INDEX_DTYPES = (torch.int32, torch.int64)
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+KV_DTYPES = (*SUPPORTED_DTYPES, torch.float8_e4m3fn)
+Scale = float | torch.Tensor
+"""A number, or one fp32 on the device."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +38,7 @@ class PageTable:
             raise InputError(f"page_size={self.page_size} must be >= 1 token; pass the page size of the KV cache")
         for name in ("indptr", "indices", "last_page_len"):
             tensor = getattr(self, name)
-            if tensor.dim() != 1 or tensor.dtype not in (torch.int32, torch.int64):
+            if tensor.dim() != 1 or tensor.dtype not in _INDEX_DTYPES:
                 raise InputError(
                     f"{name} must be one-dimensional int32, got {list(tensor.shape)} {tensor.dtype}; "
                     "build it as for FlashInfer's plan()"
@@ -47,10 +54,44 @@ class PageTable:
         """Number of requests ``B``."""
         return self.last_page_len.numel()
 
+    @property
+    def device(self) -> torch.device:
+        """Where the table lives."""
+        return self.indptr.device
+
+    @property
+    def pointers(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What the kernels read: where requests begin, pages, lengths."""
+        return self.indptr, self.indices, self.last_page_len
+
+    @property
+    def row_stride(self) -> int:
+        """0: requests lie one after the other in ``indices``."""
+        return 0
+
     def kv_len(self) -> torch.Tensor:
         """Tokens per request, [B] int64, computed on the device."""
         pages = (self.indptr[1:] - self.indptr[:-1]).long()
         return torch.where(pages > 0, (pages - 1) * self.page_size + self.last_page_len.long(), 0)
+
+    def over(self, tensors: Sequence[torch.Tensor]) -> PageTable:
+        """The table with other memory for its :attr:`pointers`; itself if it is the same memory."""
+        if _same_memory(tensors, self.pointers):
+            return self
+        indptr, indices, last_page_len = tensors
+        return PageTable(indptr, indices, last_page_len, self.page_size)
+
+    def only(self, request: int) -> PageTable:
+        """The table of one request of the batch."""
+        begin, end = self.indptr[request : request + 2].tolist()
+        indptr = self.indptr.new_tensor([0, end - begin])
+        return PageTable(indptr, self.indices[begin:end], self.last_page_len[request : request + 1], self.page_size)
+
+    def pages_at(self, position: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
+        """Page of every ``position`` [B, N] where ``inside``, int64; anything that can be read elsewhere."""
+        slot = (self.indptr[:-1, None] + position // self.page_size).long()
+        # an empty request has no page to point at: read entry 0, the caller masks it
+        return self.indices[torch.where(inside, slot, 0)].long() if self.indices.numel() else slot * 0
 
     def check(self, num_pages: int | None = None) -> None:
         """Check the values (a host sync on a GPU, so only :meth:`plan` and CPU backends call it).
@@ -88,18 +129,130 @@ class PageTable:
 
 
 @dataclass(frozen=True, slots=True)
+class RowTable:
+    """Pages of one token each, as SGLang keeps them: a row of token slots per request, of which a batch names some.
+
+    ``req_to_token`` [rows, max_context] int32, token slots in order; ``req_pool_indices`` [B] int32 or int64, the row
+    of every request; ``seq_lens`` [B] int32 or int64, its tokens, the current one included (0: nothing to decode). The
+    values of all three may change between graph replays.
+    """
+
+    req_to_token: torch.Tensor
+    req_pool_indices: torch.Tensor
+    seq_lens: torch.Tensor
+
+    def __post_init__(self) -> None:
+        rows = self.req_to_token
+        if rows.dim() != 2 or rows.dtype not in _INDEX_DTYPES or rows.stride(1) != 1:
+            raise InputError(
+                f"req_to_token must be [rows, max_context] int32 with contiguous rows, got {list(rows.shape)} "
+                f"{rows.dtype}; pass the request pool's own table"
+            )
+        for name in ("req_pool_indices", "seq_lens"):
+            tensor = getattr(self, name)
+            if tensor.dim() != 1 or tensor.dtype not in _INDEX_DTYPES:
+                raise InputError(f"{name} must be [B] int32 or int64, got {list(tensor.shape)} {tensor.dtype}")
+        if self.req_pool_indices.numel() != self.seq_lens.numel():
+            raise InputError(
+                f"req_pool_indices has {self.req_pool_indices.numel()} entries and seq_lens {self.seq_lens.numel()}; "
+                "each needs one per request"
+            )
+        if len({tensor.device for tensor in self.pointers}) > 1:
+            raise InputError("req_to_token, req_pool_indices and seq_lens must be on one device; move them")
+
+    @property
+    def page_size(self) -> int:
+        """1: a page is a token slot."""
+        return 1
+
+    @property
+    def batch_size(self) -> int:
+        """Number of requests ``B``."""
+        return self.seq_lens.numel()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the table lives."""
+        return self.req_to_token.device
+
+    @property
+    def pointers(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What the kernels read: rows of the requests, token slots, lengths."""
+        return self.req_pool_indices, self.req_to_token, self.seq_lens
+
+    @property
+    def row_stride(self) -> int:
+        """Entries from one row to the next."""
+        return max(self.req_to_token.stride(0), 1)
+
+    def kv_len(self) -> torch.Tensor:
+        """Tokens per request, [B] int64, computed on the device."""
+        return self.seq_lens.long()
+
+    def over(self, tensors: Sequence[torch.Tensor]) -> RowTable:
+        """The table with other memory for its :attr:`pointers`; itself if it is the same memory."""
+        if _same_memory(tensors, self.pointers):
+            return self
+        begin, rows, lengths = tensors
+        return RowTable(rows, begin, lengths)
+
+    def only(self, request: int) -> RowTable:
+        """The table of one request of the batch."""
+        one = slice(request, request + 1)
+        return RowTable(self.req_to_token, self.req_pool_indices[one], self.seq_lens[one])
+
+    def pages_at(self, position: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
+        """Token slot of every ``position`` [B, N] where ``inside``, int64; anything that can be read elsewhere."""
+        position = torch.where(inside, position, 0)
+        return self.req_to_token[self.req_pool_indices.long()[:, None], position].long()
+
+    def check(self, num_pages: int | None = None) -> None:
+        """Check the values (a host sync on a GPU, so only CPU backends call it).
+
+        Raises
+        ------
+        InputError
+            If a row or a length is out of range, or (given ``num_pages``) a token slot is.
+        """
+        num_rows, most = self.req_to_token.shape
+        for name, tensor, high in (("req_pool_indices", self.req_pool_indices, num_rows - 1),
+                                   ("seq_lens", self.seq_lens, most)):  # fmt: skip
+            for request, value in enumerate(tensor.tolist()):
+                if not 0 <= value <= high:
+                    raise InputError(
+                        f"{name}[{request}]={value} is out of range [0, {high}] of req_to_token "
+                        f"{list(self.req_to_token.shape)}; pass the whole table"
+                    )
+        if num_pages is None:
+            return
+        for request, length in enumerate(self.seq_lens.tolist()):
+            used = self.req_to_token[self.req_pool_indices[request], :length]
+            if length and not 0 <= int(used.min()) <= int(used.max()) < num_pages:
+                raise InputError(
+                    f"request {request} names token slots in [{int(used.min())}, {int(used.max())}], the KV cache has "
+                    f"[0, {num_pages - 1}]; pass the whole cache"
+                )
+
+
+Table = PageTable | RowTable
+
+
+@dataclass(frozen=True, slots=True)
 class PagedKV:
-    """Keys, values and the page table of a batch.
+    """Keys, values and the table of a batch, a :class:`PageTable` or a :class:`RowTable` (pages of one token).
 
     ``k_cache``, ``v_cache``: [num_pages, P, Hkv, D] (``"NHD"``) or [num_pages, Hkv, P, D] (``"HND"``), any stride but
-    1 in the last dim, fp32, bf16 or fp16, the same dtype for both.
+    1 in the last dim, fp32, bf16, fp16 or fp8 e4m3, the same dtype for both; ``k_scale``, ``v_scale``: what the stored
+    numbers are to be multiplied with.
     """
 
     k_cache: torch.Tensor
     v_cache: torch.Tensor
-    table: PageTable
+    table: Table
     layout: HeadLayout
     kv_layout: KVLayout = "NHD"
+    k_scale: Scale = 1.0
+    v_scale: Scale = 1.0
 
     def __post_init__(self) -> None:
         if self.kv_layout not in ("NHD", "HND"):
@@ -113,9 +266,9 @@ class PagedKV:
                     f"{name} must be [num_pages, {', '.join(map(str, expected))}] for kv_layout {self.kv_layout}, "
                     f"got {list(cache.shape)}; check page_size, num_kv_heads, head_dim and kv_layout"
                 )
-            if cache.dtype not in SUPPORTED_DTYPES:
+            if cache.dtype not in KV_DTYPES:
                 raise InputError(
-                    f"{name} has dtype {cache.dtype}; supported: {', '.join(str(d) for d in SUPPORTED_DTYPES)}; "
+                    f"{name} has dtype {cache.dtype}; supported: {', '.join(str(d) for d in KV_DTYPES)}; "
                     "convert the cache or use another backend"
                 )
             if cache.stride(-1) != 1:
@@ -128,20 +281,22 @@ class PagedKV:
                 f"{self.v_cache.dtype} must agree; pass both halves of one cache"
             )
 
+        if isinstance(self.k_scale, torch.Tensor) != isinstance(self.v_scale, torch.Tensor):
+            raise InputError("k_scale and v_scale must be two numbers or two device scalars; pass both of one kind")
+        for name in ("k_scale", "v_scale"):
+            _check_scale(name, getattr(self, name))
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one stored number."""
+        return self.k_cache.element_size()
+
     def only(self, request: int) -> PagedKV:
         """The same cache seen by one request of the batch."""
-        table = self.table
-        begin, end = table.indptr[request : request + 2].tolist()
-        alone = PageTable(
-            table.indptr.new_tensor([0, end - begin]),
-            table.indices[begin:end],
-            table.last_page_len[request : request + 1],
-            table.page_size,
-        )
-        return PagedKV(self.k_cache, self.v_cache, alone, self.layout, self.kv_layout)
+        return dataclasses.replace(self, table=self.table.only(request))
 
     def gather(self, first: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Read ``count`` tokens from position ``first`` [B] on, as fp32 ``(k, v)`` [B, count, Hkv, D].
+        """Read ``count`` tokens from position ``first`` [B] on, scaled, as fp32 ``(k, v)`` [B, count, Hkv, D].
 
         Positions outside ``[0, kv_len)`` come back as zeros; nothing outside the request's pages is read into the
         result.
@@ -149,16 +304,26 @@ class PagedKV:
         position = first[:, None] + torch.arange(count, device=first.device)
         inside = (position >= 0) & (position < self.table.kv_len()[:, None])
         position = torch.where(inside, position, 0)
-        slot = (self.table.indptr[:-1, None] + position // self.table.page_size).long()
-        # an empty request has no page to point at: read entry 0 and mask it
-        page = self.table.indices[torch.where(inside, slot, 0)].long() if self.table.indices.numel() else slot * 0
+        page = self.table.pages_at(position, inside)
         offset = position % self.table.page_size
         mask = inside[:, :, None, None]
         k, v = (
-            (cache[page, offset] if self.kv_layout == "NHD" else cache[page, :, offset])
-            for cache in (self.k_cache, self.v_cache)
+            (cache[page, offset] if self.kv_layout == "NHD" else cache[page, :, offset]).float() * scale
+            for cache, scale in ((self.k_cache, self.k_scale), (self.v_cache, self.v_scale))
         )
-        return torch.where(mask, k.float(), 0.0), torch.where(mask, v.float(), 0.0)
+        return torch.where(mask, k, 0.0), torch.where(mask, v, 0.0)
+
+
+def _same_memory(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor]) -> bool:
+    return all(x.data_ptr() == y.data_ptr() for x, y in zip(a, b, strict=True))
+
+
+def _check_scale(name: str, scale: Scale) -> None:
+    if isinstance(scale, torch.Tensor):
+        if scale.numel() != 1 or scale.dtype != torch.float32:
+            raise InputError(f"{name} must hold one fp32, got {list(scale.shape)} {scale.dtype}; convert it once")
+    elif not (math.isfinite(scale) and scale > 0):
+        raise InputError(f"{name}={scale} must be finite and > 0; leave it out for 1")
 
 
 def _short(values: list[int]) -> str:

@@ -8,7 +8,8 @@ from typing import Literal
 
 import torch
 
-from .attend.reference import masked_attention
+from . import ops
+from .attend.reference import shared_attention
 from .config import MacConfig
 from .errors import InputError
 from .paged import SUPPORTED_DTYPES, PagedKV
@@ -53,8 +54,8 @@ def fill_rings(
         As for :meth:`BatchMacDecodeWithPagedKVCacheWrapper.run`.
     max_kv_len : int, optional, tokens
         Upper bound of the context. Without it a GPU backend asks the device (a host sync).
-    backend : {"auto", "triton", "reference"}, default "auto"
-        As for the decode wrapper.
+    backend : {"auto", "triton", "flashinfer", "reference"}, default "auto"
+        As for the decode wrapper; ``"flashinfer"`` fills with the Triton kernel.
 
     Raises
     ------
@@ -64,6 +65,23 @@ def fill_rings(
         If the named backend cannot run the configuration.
     """
     config = MacConfig() if config is None else config
+    if torch.compiler.is_compiling():
+        ops.fill(
+            q,
+            qo_indptr,
+            kv,
+            rings=rings,
+            layer=layer,
+            slots=slots,
+            generations=generations,
+            rope=rope,
+            config=config,
+            sm_scale=sm_scale,
+            logits_soft_cap=logits_soft_cap,
+            max_kv_len=max_kv_len,
+            backend=backend,
+        )
+        return
     sm_scale = 1 / math.sqrt(kv.layout.head_dim) if sm_scale is None else sm_scale
     rings.check_fits(layer, kv.layout, config)
     check_slots(slots, generations, kv.table.batch_size)
@@ -72,7 +90,7 @@ def fill_rings(
     if q.device.type == "cpu":  # on a GPU this would sync; there the lengths are the caller's to keep right
         _check_lengths(q, qo_indptr, kv)
         kv.table.check(num_pages=kv.k_cache.shape[0])
-    if chosen == "triton":
+    if chosen != "reference":
         from .fused_fill import fused_fill  # imports triton, which the reference backend does not need
 
         fused_fill(
@@ -90,6 +108,22 @@ def fill_rings(
             max_kv_len=int(kv.table.kv_len().max()) if max_kv_len is None else max_kv_len,
         )
         return
+    _fill_reference(q, qo_indptr, kv, rings, layer, slots, generations, config, rope, sm_scale, logits_soft_cap)
+
+
+def _fill_reference(
+    q: torch.Tensor,
+    qo_indptr: torch.Tensor,
+    kv: PagedKV,
+    rings: RingPool,
+    layer: int,
+    slots: torch.Tensor,
+    generations: torch.Tensor,
+    config: MacConfig,
+    rope: Rope,
+    sm_scale: float,
+    logits_soft_cap: float,
+) -> None:
     ring = rings.lookup(slots, generations)
     kv_len = kv.table.kv_len()
     for request, (begin, end) in enumerate(zip(qo_indptr[:-1].tolist(), qo_indptr[1:].tolist(), strict=True)):
@@ -129,28 +163,15 @@ def _states(
     stop = covered_end(position, band=config.band, sinks=config.sinks)
     key = torch.arange(k.shape[1], device=k.device)
     mask = (key >= config.sinks) & (key < stop[:, None])  # [N, L]
-    count, heads = queries.shape[:2]
-    kv_heads = k.shape[2]
-
-    def by_group(x: torch.Tensor) -> torch.Tensor:
-        return x.view(count, kv_heads, -1, *x.shape[2:]).transpose(0, 1).reshape(1, count * heads, *x.shape[2:])
-
-    # the block's queries become heads of one request, so that they share its keys instead of copying them
-    state = masked_attention(
-        by_group(queries),
+    return shared_attention(
+        queries,
         k,
         v,
-        by_group(mask[:, None].expand(-1, heads, -1)),
+        mask[:, None].expand(-1, queries.shape[1], -1),
         sm_scale=sm_scale,
         logits_soft_cap=logits_soft_cap,
         return_kbar=rings.correction,
     )
-
-    def by_query(x: torch.Tensor) -> torch.Tensor:
-        grouped = x.view(kv_heads, count, heads // kv_heads, *x.shape[2:])
-        return grouped.transpose(0, 1).reshape(count, heads, *x.shape[2:])
-
-    return AttnState(by_query(state.out), by_query(state.lse2), None if state.kbar is None else by_query(state.kbar))
 
 
 def _check_shapes(q: torch.Tensor, qo_indptr: torch.Tensor, kv: PagedKV) -> None:

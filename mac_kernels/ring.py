@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from .bypass import Bypass
 from .config import MacConfig
 from .counters import DecodeCounters
 from .errors import ConfigError, InputError, SnapshotError
+from .handles import register
+from .match.accept import check_tables
 from .match.sketch import Sketch, default_sketch_dim, dequantize, make_sketch
-from .snapshot import SNAPSHOT_VERSION, RingSnapshot
+from .snapshot import SNAPSHOT_VERSION, RingSnapshot, check_fields, row_fields
 from .types import AttnState, HeadLayout
 
 ROW_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -103,12 +107,14 @@ class RingPool:
         self.device = torch.device(device)
         self.fields = {
             name: torch.zeros(num_layers, num_rings, *shape, dtype=kind, device=self.device)
-            for name, (shape, kind) in _row_fields(layout, window, dtype, correction, sketch_dim).items()
+            for name, (shape, kind) in row_fields(layout, window, dtype, correction, sketch_dim).items()
         }
         self.slot_table = torch.full((num_slots,), EMPTY, dtype=torch.int32, device=self.device)
         self.ring_generation = torch.zeros(num_rings, dtype=torch.int64, device=self.device)
         self.sketch: Sketch | None = make_sketch(layout, sketch_dim, device=self.device) if sketch_dim else None
         self.counters = DecodeCounters(num_layers, self.device)
+        self.bypass = Bypass(num_layers, self.device)
+        self.number = register(self)
         self._ring_of: dict[int, int] = {}
         self._free = list(reversed(range(num_rings)))
         self.reset()
@@ -145,7 +151,7 @@ class RingPool:
     ) -> int:
         """Bytes that one ring takes over all layers; a budget divided by this is the number of rings."""
         sketch_dim = default_sketch_dim(layout) if sketch_dim is None else sketch_dim
-        fields = _row_fields(layout, window, dtype, correction, sketch_dim).values()
+        fields = row_fields(layout, window, dtype, correction, sketch_dim).values()
         return num_layers * sum(torch.Size(shape).numel() * kind.itemsize for shape, kind in fields)
 
     @property
@@ -157,6 +163,10 @@ class RingPool:
     def free_rings(self) -> int:
         """Rings that no slot holds."""
         return len(self._free)
+
+    def holds(self, slot: int) -> bool:
+        """Whether the slot holds a ring."""
+        return slot in self._ring_of
 
     def acquire(self, slot: int, generation: int = 0) -> int:
         """Give the slot an empty ring (its own again, emptied, if it has one) and return it; -1 if none is free.
@@ -173,8 +183,8 @@ class RingPool:
             self._ring_of[slot] = self._free.pop()
         ring = self._ring_of[slot]
         self.fields["pos"][:, ring] = EMPTY
-        self.ring_generation[ring] = generation
-        self.slot_table[slot] = ring
+        self.ring_generation[ring].fill_(generation)  # an item assignment would wait for the device
+        self.slot_table[slot].fill_(ring)
         return ring
 
     def release(self, slot: int) -> None:
@@ -188,13 +198,14 @@ class RingPool:
         self._check_slot(slot)
         ring = self._ring_of.pop(slot, None)
         if ring is not None:
-            self.slot_table[slot] = EMPTY
+            self.slot_table[slot].fill_(EMPTY)
             self._free.append(ring)
 
     def reset(self) -> None:
         """Empty every row and release every slot (after weight updates, LoRA changes, graph warm-up)."""
         self.fields["pos"].fill_(EMPTY)
         self.slot_table.fill_(EMPTY)
+        self.bypass.values.zero_()
         self._ring_of.clear()
         self._free = list(reversed(range(self.num_rings)))
 
@@ -274,12 +285,8 @@ class RingPool:
         SnapshotError
             If the slot holds no ring.
         """
-        self._check_slot(slot)
-        if slot not in self._ring_of:
-            raise SnapshotError(f"slot {slot} holds no ring; acquire one before taking a snapshot")
-        ring = self._ring_of[slot]
-        fields = {name: tensor[:, ring].clone() for name, tensor in self.fields.items()}
-        _cut(fields["pos"], up_to)
+        fields = {name: torch.empty_like(tensor[:, 0]) for name, tensor in self.fields.items()}
+        self.copy_out(slot, fields, up_to=up_to)
         return RingSnapshot(SNAPSHOT_VERSION, self.layout, self.window, fields)
 
     def restore(self, slot: int, snapshot: RingSnapshot, *, generation: int = 0, up_to: int | None = None) -> int:
@@ -290,27 +297,48 @@ class RingPool:
         SnapshotError
             If the snapshot has another format version, layout, window, or other row fields; nothing is changed then.
         """
-        expected = {name: (tensor.shape[2:], tensor.dtype) for name, tensor in self.fields.items()}
-        got = {name: (tensor.shape[1:], tensor.dtype) for name, tensor in snapshot.fields.items()}
         problems = [
             f"{what} {have!r}, this pool needs {need!r}"
             for what, have, need in (
                 ("format version", snapshot.version, SNAPSHOT_VERSION),
                 ("layout", snapshot.layout, self.layout),
                 ("window", snapshot.window, self.window),
-                ("layers", snapshot.fields["pos"].shape[0], self.num_layers),
-                ("row fields", got, expected),
             )
             if have != need
         ]
-        if problems:
-            raise SnapshotError("the snapshot has " + "; ".join(problems) + "; start with an empty ring instead")
+        check_fields(snapshot.fields, self.fields, problems)
         ring = self.acquire(slot, generation)
         if ring != EMPTY:
-            for name, tensor in self.fields.items():
-                tensor[:, ring] = snapshot.fields[name].to(tensor.device)
-            _cut(self.fields["pos"][:, ring], up_to)
+            self.copy_in(slot, snapshot.fields, up_to=up_to)
         return ring
+
+    def copy_out(self, slot: int, fields: Mapping[str, torch.Tensor], *, up_to: int | None = None) -> None:
+        """Copy the slot's ring into given tensors (see :attr:`RingSnapshot.fields`); rows ``>= up_to`` are left out.
+
+        Raises
+        ------
+        SnapshotError
+            If the slot holds no ring or the tensors have other shapes or dtypes.
+        """
+        ring = self._held(slot)
+        check_fields(fields, self.fields)
+        for name, tensor in self.fields.items():
+            fields[name].copy_(tensor[:, ring])
+        _cut(fields["pos"], up_to)
+
+    def copy_in(self, slot: int, fields: Mapping[str, torch.Tensor], *, up_to: int | None = None) -> None:
+        """Fill the slot's ring from tensors that :meth:`copy_out` filled; rows ``>= up_to`` become empty.
+
+        Raises
+        ------
+        SnapshotError
+            As for :meth:`copy_out`.
+        """
+        ring = self._held(slot)
+        check_fields(fields, self.fields)
+        for name, tensor in self.fields.items():
+            tensor[:, ring].copy_(fields[name])
+        _cut(self.fields["pos"][:, ring], up_to)
 
     def check_fits(self, layer: int, layout: HeadLayout, config: MacConfig) -> None:
         """Check that the pool fits a layer, a head layout and a config.
@@ -330,6 +358,7 @@ class RingPool:
             )
         if not 0 <= layer < self.num_layers:
             raise InputError(f"layer={layer} is out of range [0, {self.num_layers - 1}] of the rings; check num_layers")
+        check_tables(config, layout, self.num_layers)
         if config.correction and not self.correction:
             raise InputError(
                 "the config corrects reused states but the rings store no mean key; build RingPool(correction=True)"
@@ -343,6 +372,12 @@ class RingPool:
     def _check_slot(self, slot: int) -> None:
         if not 0 <= slot < self.num_slots:
             raise InputError(f"slot {slot} is out of range [0, {self.num_slots - 1}]; build a pool of more num_slots")
+
+    def _held(self, slot: int) -> int:
+        self._check_slot(slot)
+        if slot not in self._ring_of:
+            raise SnapshotError(f"slot {slot} holds no ring; acquire one before taking a snapshot")
+        return self._ring_of[slot]
 
 
 def check_slots(slots: torch.Tensor, generations: torch.Tensor, batch_size: int) -> None:
@@ -362,23 +397,4 @@ def check_slots(slots: torch.Tensor, generations: torch.Tensor, batch_size: int)
 
 def _cut(pos: torch.Tensor, up_to: int | None) -> None:
     if up_to is not None:
-        pos[pos >= up_to] = EMPTY
-
-
-def _row_fields(
-    layout: HeadLayout, window: int, dtype: torch.dtype, correction: bool, sketch_dim: int
-) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    heads, kv_heads, dim = layout.num_qo_heads, layout.num_kv_heads, layout.head_dim
-    fields: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
-        "q_pre": ((window, heads, dim), dtype),
-        "out": ((window, heads, dim), dtype),
-        "lse2": ((window, heads), torch.float32),
-        "pos": ((window,), torch.int32),
-        "anchor": ((window, kv_heads), torch.int32),
-    }
-    if correction:
-        fields["kbar"] = ((window, heads, dim), dtype)
-    if sketch_dim:
-        fields["sketch"] = ((window, kv_heads, sketch_dim), torch.int8)
-        fields["sketch_scale"] = ((window, kv_heads), torch.float32)
-    return fields
+        pos.masked_fill_(pos >= up_to, EMPTY)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 
 from .errors import InputError
+from .handles import register
 
 CosSin = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
@@ -42,6 +43,7 @@ class Rope:
         self.rotary_dim = rotary_dim
         self.interleaved = interleaved
         self.max_position = max_position
+        self.number = register(self)
         self._cos_sin = cos_sin
         self._table: torch.Tensor | None = None
 
@@ -77,7 +79,10 @@ class Rope:
             rows = cos_sin_cache[positions.clamp(0, cos_sin_cache.shape[0] - 1)].float()
             return rows[..., :half], rows[..., half:]
 
-        return Rope(cos_sin, cos_sin_cache.shape[1], interleaved=interleaved, max_position=cos_sin_cache.shape[0])
+        rope = Rope(cos_sin, cos_sin_cache.shape[1], interleaved=interleaved, max_position=cos_sin_cache.shape[0])
+        if cos_sin_cache.dtype == torch.float32 and cos_sin_cache.is_contiguous():
+            rope._table = cos_sin_cache  # 64 MB of a model of 128K positions are not held twice
+        return rope
 
     def cos_sin(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return ``(cos, sin)`` [..., rotary_dim // 2] fp32 at ``positions`` [...], magnitude included."""

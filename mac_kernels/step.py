@@ -60,7 +60,8 @@ def reference_step(
 
     q_pre = rope.unrotate(q, position)
     ring = rings.lookup(slots, generations)
-    rows = rings.rows(layer, ring)
+    searched = ring if config.break_even is None else torch.where(rings.bypass.paused(layer), -1, ring)
+    rows = rings.rows(layer, searched)
     match = find(q_pre, rows, position, config=config)
     candidate = rings.state(layer, ring, match.row)
     if config.correction:
@@ -71,7 +72,7 @@ def reference_step(
     anchor = rows.anchor.repeat_interleave(q.shape[1] // rows.anchor.shape[-1], dim=-1)
     anchor = torch.where(match.row >= 0, _at_row(anchor[..., None], match.row)[..., 0], -1)
 
-    reason, head_hit = _decide(match, weight_bound, anchor, ring, position, config, rings.layout)
+    reason, head_hit = _decide(match, weight_bound, anchor, ring, searched, position, config, rings.layout, layer)
     group = rings.layout.group_size
     reuse = head_hit if not config.recompute_loaded_groups else (reason == Reason.HIT).repeat_interleave(group, 1)
 
@@ -98,6 +99,8 @@ def reference_step(
         kv_len=kv_len,
     )
     rings.counters.add(layer, trace)
+    if config.break_even is not None:
+        rings.bypass.update(layer, reason, config.break_even)
     return merge_state(row, always).out, trace
 
 
@@ -106,17 +109,20 @@ def _decide(
     weight_bound: torch.Tensor,
     anchor: torch.Tensor,
     ring: torch.Tensor,
+    searched: torch.Tensor,
     position: torch.Tensor,
     config: MacConfig,
     layout: HeadLayout,
+    layer: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Reason per kv group [B, Hkv] and hit per head [B, Hq]; a group hits only if all its heads do."""
     near, young, light = accept(
-        match.distance, weight_bound, position[:, None] - anchor, config=config, head_dim=layout.head_dim
+        match.distance, weight_bound, position[:, None] - anchor, config=config, head_dim=layout.head_dim, layer=layer
     )
     causes = {
         Reason.NO_RING: (ring < 0)[:, None].expand_as(near),
         Reason.SHORT_CONTEXT: (position < config.min_context)[:, None].expand_as(near),
+        Reason.BYPASSED: (searched < 0)[:, None].expand_as(near),
         Reason.NO_ROW: match.row < 0,
         Reason.DISTANCE: ~near,
         Reason.AGE: ~young,

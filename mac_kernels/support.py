@@ -8,12 +8,13 @@ from typing import Literal
 
 import torch
 
+from .attend.flashinfer import HEAD_DIMS, OLDEST, flashinfer_version
 from .config import PRESETS, MacConfig
 from .errors import UnsupportedError
 from .types import HeadLayout
 
-Backend = Literal["triton", "reference"]
-BACKENDS: tuple[Backend, ...] = ("triton", "reference")
+Backend = Literal["triton", "flashinfer", "reference"]
+BACKENDS: tuple[Backend, ...] = ("triton", "flashinfer", "reference")
 """Fastest first; ``"auto"`` takes the first that has no reason against it."""
 
 
@@ -21,8 +22,8 @@ def unsupported_reasons(
     backend: Backend, config: MacConfig, layout: HeadLayout, device: torch.device
 ) -> tuple[str, ...]:
     """Return every reason why a backend cannot run this configuration here; empty if it can."""
-    checks = {"triton": _triton_reasons, "reference": _reference_reasons}
-    return checks[backend](config, layout, device)
+    missing = _missing_flashinfer() if backend == "flashinfer" else ()
+    return (*missing, *_CHECKS[backend](config, layout, device))
 
 
 def choose_backend(
@@ -61,6 +62,22 @@ def _triton_reasons(config: MacConfig, layout: HeadLayout, device: torch.device)
     checks = (
         (device.type == "cuda" or interpreted, f"device {device.type} (needs an NVIDIA GPU)"),
         (layout.head_dim <= 256, f"head_dim={layout.head_dim} (at most 256)"),
+    )
+    return (*(reason for good, reason in checks if not good), *_match_reasons(config, layout))
+
+
+def _flashinfer_reasons(config: MacConfig, layout: HeadLayout, device: torch.device) -> tuple[str, ...]:
+    known = ", ".join(map(str, HEAD_DIMS))
+    checks = (
+        (device.type == "cuda", f"device {device.type} (needs an NVIDIA GPU)"),
+        (layout.head_dim in HEAD_DIMS, f"head_dim={layout.head_dim} (FlashInfer has kernels for {known})"),
+    )
+    return (*(reason for good, reason in checks if not good), *_match_reasons(config, layout))
+
+
+def _match_reasons(config: MacConfig, layout: HeadLayout) -> tuple[str, ...]:
+    """Limits of the kernels that match and complete, which both fast backends use."""
+    checks = (
         (layout.group_size <= 16, f"{layout.group_size} query heads per kv head (at most 16)"),
         (config.nominees is not None, "nominees=None (it scans the ring through the sketch; set nominees)"),
         ((config.nominees or 1) <= 64, f"nominees={config.nominees} (at most 64)"),
@@ -70,9 +87,22 @@ def _triton_reasons(config: MacConfig, layout: HeadLayout, device: torch.device)
     return tuple(reason for good, reason in checks if not good)
 
 
+def _missing_flashinfer() -> tuple[str, ...]:
+    version = flashinfer_version()
+    if version is None:
+        return ("flashinfer-python is not installed (pip install 'mac-kernels[flashinfer]')",)
+    if version < OLDEST:
+        found, needed = (".".join(map(str, numbers)) for numbers in (version, OLDEST))
+        return (f"flashinfer-python {found} (needs {needed} or newer)",)
+    return ()
+
+
 def _reference_reasons(config: MacConfig, layout: HeadLayout, device: torch.device) -> tuple[str, ...]:
     del config, layout, device
     return ()
+
+
+_CHECKS = {"triton": _triton_reasons, "flashinfer": _flashinfer_reasons, "reference": _reference_reasons}
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +135,7 @@ def support_table() -> dict[str, dict[str, tuple[str, ...]]]:
     """
     return {
         feature.label: {
-            backend: unsupported_reasons(backend, feature.config, feature.layout, torch.device(feature.device))
+            backend: _CHECKS[backend](feature.config, feature.layout, torch.device(feature.device))
             for backend in BACKENDS
         }
         for feature in FEATURES

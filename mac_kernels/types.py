@@ -94,10 +94,11 @@ class Reason(enum.IntEnum):
     HIT = 0
     NO_RING = 1
     SHORT_CONTEXT = 2
-    NO_ROW = 3
-    DISTANCE = 4
-    AGE = 5
-    INFLUENCE = 6
+    BYPASSED = 3
+    NO_ROW = 4
+    DISTANCE = 5
+    AGE = 6
+    INFLUENCE = 7
 
 
 class StepTrace(NamedTuple):

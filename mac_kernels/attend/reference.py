@@ -79,6 +79,40 @@ def masked_attention(
     return AttnState(mean(v), lse2, mean(k) if return_kbar else None)
 
 
+def shared_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor,
+    *,
+    sm_scale: float,
+    logits_soft_cap: float = 0.0,
+    return_kbar: bool = False,
+) -> AttnState:
+    """Attention of many queries [N, Hq, D] over the keys of one request [1, L, Hkv, D] where ``mask`` [N, Hq, L]."""
+    count, heads = q.shape[:2]
+    kv_heads = k.shape[2]
+
+    # the queries become heads of one request, so that they share its keys instead of copying them
+    def by_group(x: torch.Tensor) -> torch.Tensor:
+        return x.view(count, kv_heads, -1, *x.shape[2:]).transpose(0, 1).reshape(1, count * heads, *x.shape[2:])
+
+    def by_query(x: torch.Tensor) -> torch.Tensor:
+        grouped = x.view(kv_heads, count, heads // kv_heads, *x.shape[2:])
+        return grouped.transpose(0, 1).reshape(count, heads, *x.shape[2:])
+
+    state = masked_attention(
+        by_group(q),
+        k,
+        v,
+        by_group(mask),
+        sm_scale=sm_scale,
+        logits_soft_cap=logits_soft_cap,
+        return_kbar=return_kbar,
+    )
+    return AttnState(by_query(state.out), by_query(state.lse2), None if state.kbar is None else by_query(state.kbar))
+
+
 def logits_logsumexp2(logits2: torch.Tensor) -> torch.Tensor:
     """Base-2 log-sum-exp over the last dim of base-2 logits; ``-inf`` over nothing."""
     if logits2.shape[-1] == 0:

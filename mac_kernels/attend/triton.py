@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from ..device import first_entry, scale_of
+
 
 @triton.jit
 def attend_tiles(
@@ -29,17 +31,25 @@ def attend_tiles(
     stride_vt,
     logit_scale,
     soft_cap,
+    k_scale,  # what keys and values are to be multiplied with, a number or a pointer to one
+    v_scale,
     HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     SOFT_CAP: tl.constexpr,
+    SCALES_ON_DEVICE: tl.constexpr,
     KBAR: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """State over the entries ``[low, high)``: ``(out, lse2, kbar)``; an empty range gives (0, -inf, 0)."""
+    """State over the entries ``[low, high)``: ``(out, lse2, kbar)``; an empty range gives (0, -inf, 0).
+
+    Products take the dtype of the queries; an 8-bit cache is converted to it in registers.
+    """
+    k_scale = scale_of(k_scale, SCALES_ON_DEVICE)
+    logit_scale *= k_scale
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -54,6 +64,8 @@ def attend_tiles(
         mask = mask_n[:, None] & (offs_d < HEAD_DIM)[None, :]
         k = tl.load(k_ptr + (page * stride_kp + slot * stride_kt)[:, None] + offs_d[None, :], mask=mask, other=0.0)
         v = tl.load(v_ptr + (page * stride_vp + slot * stride_vt)[:, None] + offs_d[None, :], mask=mask, other=0.0)
+        k = k.to(q.dtype)
+        v = v.to(q.dtype)
         logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         if SOFT_CAP:
             # tanh(x) = 1 - 2 / (exp2(2 x log2 e) + 1); the cap acts on natural logits, the scale already holds log2 e
@@ -75,7 +87,7 @@ def attend_tiles(
         row_max = new_max
     divisor = tl.where(row_sum > 0, row_sum, 1.0)
     lse = tl.where(row_sum > 0, tl.log2(divisor) + row_max, float("-inf"))
-    return acc / divisor[:, None], lse, key_acc / divisor[:, None]
+    return acc / divisor[:, None] * scale_of(v_scale, SCALES_ON_DEVICE), lse, key_acc / divisor[:, None] * k_scale
 
 
 @triton.jit
@@ -109,14 +121,16 @@ def rest_kernel(
     stride_qh,
     k_ptr,
     v_ptr,
+    k_scale,
+    v_scale,
     stride_kp,
     stride_kt,
     stride_kh,
     stride_vp,
     stride_vt,
     stride_vh,
-    indptr_ptr,
-    indices_ptr,
+    begin_ptr,
+    page_ptr,
     decision_int_ptr,
     group_ptr,
     parts_ptr,
@@ -134,7 +148,9 @@ def rest_kernel(
     BLOCK_D: tl.constexpr,
     KBAR: tl.constexpr,
     SOFT_CAP: tl.constexpr,
+    SCALES_ON_DEVICE: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
+    ROW_STRIDE: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_GROUPS: tl.constexpr,
@@ -189,9 +205,9 @@ def rest_kernel(
             tl.minimum(low + (stop_tile - begin_tile) * BLOCK_N, high), 2147483647, 0,
             k_ptr + kv_head.to(tl.int64) * stride_kh,
             v_ptr + kv_head.to(tl.int64) * stride_vh,
-            indices_ptr + tl.load(indptr_ptr + request),
-            stride_kp, stride_kt, stride_vp, stride_vt, logit_scale, soft_cap,
-            HEAD_DIM, BLOCK_M, BLOCK_D, BLOCK_N, PAGE_SIZE, SOFT_CAP, KBAR, PRECISION, STAGES,
+            page_ptr + first_entry(request, begin_ptr, ROW_STRIDE),
+            stride_kp, stride_kt, stride_vp, stride_vt, logit_scale, soft_cap, k_scale, v_scale,
+            HEAD_DIM, BLOCK_M, BLOCK_D, BLOCK_N, PAGE_SIZE, SOFT_CAP, SCALES_ON_DEVICE, KBAR, PRECISION, STAGES,
         )  # fmt: skip
         part = program + group
         base = part.to(tl.int64) * (GROUP * HEAD_DIM)

@@ -12,20 +12,20 @@ from .triton import attend_tiles
 @triton.jit
 def fill_kernel(
     q_ptr,
+    k_ptr,
+    v_ptr,
     stride_qn,
     stride_qh,
     qo_indptr_ptr,
-    k_ptr,
-    v_ptr,
     stride_kp,
     stride_kt,
     stride_kh,
     stride_vp,
     stride_vt,
     stride_vh,
-    indptr_ptr,
-    indices_ptr,
-    last_page_len_ptr,
+    begin_ptr,
+    page_ptr,
+    length_ptr,
     slots_ptr,
     generations_ptr,
     slot_table_ptr,
@@ -38,6 +38,8 @@ def fill_kernel(
     cos_sin_ptr,
     logit_scale,
     soft_cap,
+    k_scale,
+    v_scale,
     BAND: tl.constexpr,
     SINKS: tl.constexpr,
     WINDOW: tl.constexpr,
@@ -51,7 +53,9 @@ def fill_kernel(
     INTERLEAVED: tl.constexpr,
     KBAR: tl.constexpr,
     SOFT_CAP: tl.constexpr,
+    SCALES_ON_DEVICE: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
+    ROW_STRIDE: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -59,7 +63,7 @@ def fill_kernel(
     request = tl.program_id(0)
     qo_head = tl.program_id(2)
     kv_head = qo_head // GROUP
-    newest, first_page = position_of(request, indptr_ptr, last_page_len_ptr, PAGE_SIZE)
+    newest, first_page = position_of(request, begin_ptr, length_ptr, PAGE_SIZE, ROW_STRIDE)
     ring, owned = ring_of(request, slots_ptr, generations_ptr, slot_table_ptr, ring_generation_ptr, num_slots)
     q_end = tl.load(qo_indptr_ptr + request + 1)
     count = tl.minimum(q_end - tl.load(qo_indptr_ptr + request), WINDOW)
@@ -78,8 +82,8 @@ def fill_kernel(
         out, lse, key_mean = attend_tiles(
             q, tl.zeros([BLOCK_M], tl.int32), stop, SINKS, tl.max(stop, 0), 2147483647, 0,
             k_ptr + kv_head.to(tl.int64) * stride_kh, v_ptr + kv_head.to(tl.int64) * stride_vh,
-            indices_ptr + first_page, stride_kp, stride_kt, stride_vp, stride_vt, logit_scale, soft_cap,
-            HEAD_DIM, BLOCK_M, BLOCK_D, BLOCK_N, PAGE_SIZE, SOFT_CAP, KBAR, PRECISION, STAGES,
+            page_ptr + first_page, stride_kp, stride_kt, stride_vp, stride_vt, logit_scale, soft_cap, k_scale, v_scale,
+            HEAD_DIM, BLOCK_M, BLOCK_D, BLOCK_N, PAGE_SIZE, SOFT_CAP, SCALES_ON_DEVICE, KBAR, PRECISION, STAGES,
         )  # fmt: skip
         at_row = ring.to(tl.int64) * WINDOW + tl.where(mask_m, position, 0) % WINDOW
         at_head = at_row * NUM_QO_HEADS + qo_head
@@ -104,8 +108,8 @@ def tag_kernel(
     stride_qn,
     stride_qh,
     qo_indptr_ptr,
-    indptr_ptr,
-    last_page_len_ptr,
+    begin_ptr,
+    length_ptr,
     slots_ptr,
     generations_ptr,
     slot_table_ptr,
@@ -132,12 +136,13 @@ def tag_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
+    ROW_STRIDE: tl.constexpr,
 ):
     """Query, sketch and tags of one prompt position and kv head. Grid: ``(B, W, Hkv)``; after :func:`fill_kernel`."""
     request = tl.program_id(0)
     age = tl.program_id(1)
     kv_head = tl.program_id(2)
-    newest, _ = position_of(request, indptr_ptr, last_page_len_ptr, PAGE_SIZE)
+    newest, _ = position_of(request, begin_ptr, length_ptr, PAGE_SIZE, ROW_STRIDE)
     ring, owned = ring_of(request, slots_ptr, generations_ptr, slot_table_ptr, ring_generation_ptr, num_slots)
     q_end = tl.load(qo_indptr_ptr + request + 1)
     if owned & (age < q_end - tl.load(qo_indptr_ptr + request)):

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from ..device import rotation_at
+from ..device import end_of_step, rotation_at
 
 
 @triton.jit
@@ -29,6 +29,8 @@ def complete_kernel(
     ring_pos_ptr,
     ring_anchor_ptr,
     cos_sin_ptr,
+    bypass_ptr,
+    break_even,
     WINDOW: tl.constexpr,
     NUM_QO_HEADS: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
@@ -41,6 +43,7 @@ def complete_kernel(
     BLOCK_SPLITS: tl.constexpr,
     BLOCK_P: tl.constexpr,
     KBAR: tl.constexpr,
+    BYPASS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Merge the parts of one query head, then write its output and its share of the ring row. Grid: ``(B * Hq,)``.
@@ -123,3 +126,5 @@ def complete_kernel(
     out = (out * own + tl.sum(always * weight[:, None], 0)) / tl.where(total > 0, total, 1.0)
     at = request.to(tl.int64) * stride_ob + qo_head * stride_oh + offs_d
     tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=mask_d)
+    if BYPASS and pid == 0:
+        end_of_step(bypass_ptr, break_even)

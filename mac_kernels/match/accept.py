@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
 
-from ..config import MacConfig
+from ..config import HeadTable, MacConfig
+from ..errors import InputError
+from ..types import HeadLayout
 
 
 def distance_cap(config: MacConfig, head_dim: int) -> float:
@@ -14,8 +17,73 @@ def distance_cap(config: MacConfig, head_dim: int) -> float:
     return math.sqrt(2 * head_dim) * (1 - config.threshold)
 
 
+def limit_tables(
+    config: MacConfig, layout: HeadLayout, device: torch.device | str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The two limits of :func:`accept` for kernels, each [layers, Hq] fp32; one row if all layers have the same.
+
+    Returns
+    -------
+    cap : torch.Tensor
+        Exclusive limit of the distance.
+    influence : torch.Tensor
+        Exclusive limit of weight x distance, ``inf`` where there is none.
+    """
+    tables = [table for table in (config.thresholds, config.influence_scale) if table is not None]
+    rows = [_limits(config, layout.head_dim, layer, device) for layer in range(len(tables[0]) if tables else 1)]
+
+    def stacked(values: list[float | torch.Tensor]) -> torch.Tensor:
+        heads = layout.num_qo_heads
+        return torch.stack(
+            [x.expand(heads) if isinstance(x, torch.Tensor) else torch.full((heads,), x, device=device) for x in values]
+        )
+
+    return stacked([cap for cap, _ in rows]), stacked([math.inf if bound is None else bound for _, bound in rows])
+
+
+def check_tables(config: MacConfig, layout: HeadLayout, num_layers: int) -> None:
+    """Check that the config's tables have a row for every layer and a number for every query head.
+
+    Raises
+    ------
+    InputError
+        If one does not fit; the message names it and both sizes.
+    """
+    for name, table in (("thresholds", config.thresholds), ("influence_scale", config.influence_scale)):
+        if table is not None and (len(table) != num_layers or len(table[0]) not in (1, layout.num_qo_heads)):
+            raise InputError(
+                f"{name} is a table of {len(table)} layers x {len(table[0])} heads, the rings have {num_layers} layers "
+                f"and {layout.num_qo_heads} query heads; calibrate it for this model, or leave it out"
+            )
+
+
+@functools.lru_cache(maxsize=1024)
+def _row(table: HeadTable, layer: int, device: torch.device) -> torch.Tensor:
+    return torch.tensor(table[layer], dtype=torch.float32, device=device)
+
+
+def _limits(
+    config: MacConfig, head_dim: int, layer: int, device: torch.device | str
+) -> tuple[float | torch.Tensor, float | torch.Tensor | None]:
+    device = torch.device(device)
+    threshold = config.threshold if config.thresholds is None else _row(config.thresholds, layer, device)
+    cap: float | torch.Tensor = math.sqrt(2 * head_dim) * (1 - threshold)
+    bound: float | torch.Tensor | None = None
+    if config.influence is not None:
+        bound = config.influence * math.sqrt(2 * head_dim)
+    if bound is not None and config.influence_scale is not None:
+        bound = bound / _row(config.influence_scale, layer, device)
+    return cap, bound
+
+
 def accept(
-    distance: torch.Tensor, weight_bound: torch.Tensor, age: torch.Tensor, *, config: MacConfig, head_dim: int
+    distance: torch.Tensor,
+    weight_bound: torch.Tensor,
+    age: torch.Tensor,
+    *,
+    config: MacConfig,
+    head_dim: int,
+    layer: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Judge every query head on its own.
 
@@ -28,9 +96,11 @@ def accept(
     age : torch.Tensor, [...] int64, tokens
         Distance to the last exact prefix that the state descends from.
     config : MacConfig
-        ``threshold``, ``influence`` and ``max_age`` are used.
+        ``threshold``, ``influence`` and ``max_age`` are used, and their tables (the last dim is then ``Hq``).
     head_dim : int
         ``D``.
+    layer : int, default 0
+        Row of the config's tables.
 
     Returns
     -------
@@ -42,11 +112,8 @@ def accept(
     The cap carries retrieval (a head whose old query ignored a passage looks harmless by its weight), the bound carries
     fidelity; in long contexts retrieval needs both. With threshold ``-inf`` every eligible row is near.
     """
-    cap = distance_cap(config, head_dim)
+    cap, influence = _limits(config, head_dim, layer, distance.device)
     near = distance < cap
     young = torch.ones_like(near) if config.max_age is None else age <= config.max_age
-    if config.influence is None:
-        light = torch.ones_like(near)
-    else:
-        light = weight_bound * distance < config.influence * math.sqrt(2 * head_dim)
+    light = torch.ones_like(near) if influence is None else weight_bound * distance < influence
     return near, young, light

@@ -10,7 +10,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ..attend.triton import attend_tiles
-from ..device import load_unrotated, position_of, quantize_image, ring_of, rotation_at, sketch_image
+from ..device import load_unrotated, position_of, quantize_image, ring_of, rotation_at, rows_to_search, sketch_image
 
 _NEVER = tl.constexpr(2147483647)
 
@@ -23,6 +23,7 @@ def scan_sketch(
     position,
     ring,
     write,
+    num_rows,
     kv_head,
     split,
     ring_q_ptr,
@@ -50,9 +51,10 @@ def scan_sketch(
     BLOCK_R: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
-    """Keys of this split's rows: squared sketch distance, its last bits replaced by the lag; ``_NEVER`` if ineligible.
+    """Keys of this split's share of the first ``num_rows`` rows; ``_NEVER`` if ineligible.
 
-    The first split also writes the query and the sketch of the new row, if ``write``.
+    A key is the squared sketch distance, its last bits replaced by the lag. The first split also writes the query and
+    the sketch of the new row, if ``write``.
     """
     image = sketch_image(
         q_group, stride_qh, cos_sin_ptr, position, sketch_index_ptr, sketch_sign_ptr,
@@ -79,7 +81,7 @@ def scan_sketch(
         tl.store(ring_scale_ptr + at, scale)
     rows_per_split: tl.constexpr = (WINDOW + SPLITS - 1) // SPLITS
     ring_row = ring.to(tl.int64) * WINDOW
-    for first in range(split * rows_per_split, tl.minimum((split + 1) * rows_per_split, WINDOW), BLOCK_R):
+    for first in range(split * rows_per_split, tl.minimum((split + 1) * rows_per_split, num_rows), BLOCK_R):
         row = first + tl.arange(0, BLOCK_R)
         inside = (row < WINDOW) & (row < (split + 1) * rows_per_split)
         pos = tl.load(ring_pos_ptr + ring_row + row, mask=inside, other=-1)
@@ -101,17 +103,19 @@ def scout_kernel(
     stride_qh,
     k_ptr,
     v_ptr,
+    slots_ptr,
+    generations_ptr,
+    k_scale,
+    v_scale,
     stride_kp,
     stride_kt,
     stride_kh,
     stride_vp,
     stride_vt,
     stride_vh,
-    indptr_ptr,
-    indices_ptr,
-    last_page_len_ptr,
-    slots_ptr,
-    generations_ptr,
+    begin_ptr,
+    page_ptr,
+    length_ptr,
     slot_table_ptr,
     ring_generation_ptr,
     num_slots,
@@ -122,6 +126,7 @@ def scout_kernel(
     sketch_index_ptr,
     sketch_sign_ptr,
     cos_sin_ptr,
+    bypass_ptr,
     scan_ptr,
     always_out_ptr,
     always_lse_ptr,
@@ -146,10 +151,13 @@ def scout_kernel(
     BLOCK_R: tl.constexpr,
     SPLITS: tl.constexpr,
     SOFT_CAP: tl.constexpr,
+    SCALES_ON_DEVICE: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
+    ROW_STRIDE: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
+    BYPASS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Grid: ``(B * Hkv * 2 * SPLITS,)``: half of a group's programs scan the ring, half attend to band and sinks."""
@@ -161,13 +169,14 @@ def scout_kernel(
     split = pid % (2 * SPLITS)
     request = group // NUM_KV_HEADS
     kv_head = group % NUM_KV_HEADS
-    position, first_page = position_of(request, indptr_ptr, last_page_len_ptr, PAGE_SIZE)
+    position, first_page = position_of(request, begin_ptr, length_ptr, PAGE_SIZE, ROW_STRIDE)
     q_group = q_ptr + request.to(tl.int64) * stride_qb + kv_head * GROUP * stride_qh
     if split >= SPLITS:
         ring, owned = ring_of(request, slots_ptr, generations_ptr, slot_table_ptr, ring_generation_ptr, num_slots)
         if ring >= 0:
             scan_sketch(
-                q_group, stride_qh, cos_sin_ptr, position, ring, owned & (position >= 0), kv_head, split - SPLITS,
+                q_group, stride_qh, cos_sin_ptr, position, ring, owned & (position >= 0),
+                rows_to_search(bypass_ptr, WINDOW, BYPASS), kv_head, split - SPLITS,
                 ring_q_ptr, ring_pos_ptr, ring_sketch_ptr, ring_scale_ptr, sketch_index_ptr, sketch_sign_ptr,
                 scan_ptr + group * WINDOW,
                 BAND, SINKS, WINDOW, BLOCK_W, NUM_KV_HEADS, GROUP, BLOCK_G, HEAD_DIM, BLOCK_D, ROTARY_DIM, INTERLEAVED,
@@ -186,8 +195,8 @@ def scout_kernel(
             q, tl.zeros([BLOCK_M], tl.int32), tl.full([BLOCK_M], _NEVER, tl.int32),
             split * per_split, tl.minimum((split + 1) * per_split, entries), SINKS, stop - SINKS,
             k_ptr + kv_head.to(tl.int64) * stride_kh, v_ptr + kv_head.to(tl.int64) * stride_vh,
-            indices_ptr + first_page, stride_kp, stride_kt, stride_vp, stride_vt, logit_scale, soft_cap,
-            HEAD_DIM, BLOCK_M, BLOCK_D, BLOCK_N, PAGE_SIZE, SOFT_CAP, False, PRECISION, STAGES,
+            page_ptr + first_page, stride_kp, stride_kt, stride_vp, stride_vt, logit_scale, soft_cap, k_scale, v_scale,
+            HEAD_DIM, BLOCK_M, BLOCK_D, BLOCK_N, PAGE_SIZE, SOFT_CAP, SCALES_ON_DEVICE, False, PRECISION, STAGES,
         )  # fmt: skip
         at = (group.to(tl.int64) * SPLITS + split) * GROUP
         tl.store(always_out_ptr + (at + head[:, None]) * HEAD_DIM + offs_d[None, :], out, mask=mask)

@@ -10,17 +10,18 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from ..device import load_unrotated, position_of, ring_of, rotation_at
+from ..device import load_unrotated, position_of, ring_of, rotation_at, rows_to_search
 
 # Reason codes of mac_kernels.types.Reason
 _HIT = tl.constexpr(0)
 _NO_RING = tl.constexpr(1)
 _SHORT_CONTEXT = tl.constexpr(2)
-_NO_ROW = tl.constexpr(3)
-_DISTANCE = tl.constexpr(4)
-_AGE = tl.constexpr(5)
-_INFLUENCE = tl.constexpr(6)
-_NUM_REASONS = tl.constexpr(7)
+_BYPASSED = tl.constexpr(3)
+_NO_ROW = tl.constexpr(4)
+_DISTANCE = tl.constexpr(5)
+_AGE = tl.constexpr(6)
+_INFLUENCE = tl.constexpr(7)
+_NUM_REASONS = tl.constexpr(8)
 _NEVER = tl.constexpr(2147483647)
 _INFINITE_KEY = tl.constexpr(0x7F800000 << 32)  # of an infinite distance; NaN lies above
 
@@ -105,7 +106,28 @@ def nearest_of(
 
 
 @triton.jit
-def reason_of(pos, distance, weight_bound, age, position, ring, cap, influence, max_age, min_context):
+def weight_bound_of(
+    always_lse_ptr,
+    lse,
+    SPLITS: tl.constexpr,
+    BLOCK_SPLITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+):
+    """The weight that every head's reused state would get beside band and sinks if there were no rest, [BLOCK_G]."""
+    split = tl.arange(0, BLOCK_SPLITS)[:, None]
+    head = tl.arange(0, BLOCK_G)[None, :]
+    mask = (split < SPLITS) & (head < GROUP)
+    parts = tl.load(always_lse_ptr + split * GROUP + head, mask=mask, other=float("-inf"))
+    top = tl.maximum(tl.max(parts, 0), lse)
+    top = tl.where(top == float("-inf"), 0.0, top)
+    own = tl.exp2(lse - top)
+    total = tl.sum(tl.exp2(parts - top[None, :]), 0) + own
+    return own / tl.where(total > 0, total, 1.0)
+
+
+@triton.jit
+def reason_of(pos, distance, weight_bound, age, position, ring, paused, cap, influence, max_age, min_context):
     """Why each head is computed exactly, or ``_HIT``: the acceptance rule of :mod:`mac_kernels.match.accept`."""
     reason = tl.where(pos < 0, _NO_ROW, _HIT)
     reason = tl.where((reason == _HIT) & (distance >= cap), _DISTANCE, reason)
@@ -113,9 +135,21 @@ def reason_of(pos, distance, weight_bound, age, position, ring, cap, influence, 
     # written so that a NaN on either side refuses the reuse
     light = weight_bound * distance < influence
     reason = tl.where((reason == _HIT) & (light == 0), _INFLUENCE, reason)
+    reason = tl.where(paused, _BYPASSED, reason)
     reason = tl.where(position < min_context, _SHORT_CONTEXT, reason)
     reason = tl.where(ring < 0, _NO_RING, reason)
     return reason
+
+
+@triton.jit
+def count_group(counters_ptr, bypass_ptr, reason, read, kv_len, BYPASS: tl.constexpr):
+    """Add one group to the counters of the layer and, while it is on trial, to those of its bypass."""
+    tl.atomic_add(counters_ptr + reason, 1, sem="relaxed")
+    tl.atomic_add(counters_ptr + _NUM_REASONS, read.to(tl.int64), sem="relaxed")
+    tl.atomic_add(counters_ptr + _NUM_REASONS + 1, kv_len.to(tl.int64), sem="relaxed")
+    if BYPASS:
+        tl.atomic_add(bypass_ptr, (reason == _HIT).to(tl.int32), sem="relaxed")
+        tl.atomic_add(bypass_ptr + 1, ((reason == _HIT) | (reason >= _DISTANCE)).to(tl.int32), sem="relaxed")
 
 
 @triton.jit
@@ -123,10 +157,10 @@ def decide_kernel(
     q_ptr,
     stride_qb,
     stride_qh,
-    indptr_ptr,
-    last_page_len_ptr,
     slots_ptr,
     generations_ptr,
+    begin_ptr,
+    length_ptr,
     slot_table_ptr,
     ring_generation_ptr,
     num_slots,
@@ -141,9 +175,10 @@ def decide_kernel(
     decision_int_ptr,
     decision_float_ptr,
     group_ptr,
+    bypass_ptr,
+    cap_ptr,
+    influence_ptr,
     logit_scale,
-    cap,
-    influence,
     max_age,
     min_context,
     BAND: tl.constexpr,
@@ -166,6 +201,8 @@ def decide_kernel(
     GROUP_SCOPE: tl.constexpr,
     CORRECTION: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
+    ROW_STRIDE: tl.constexpr,
+    BYPASS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Exact distances of the nominated rows, acceptance, and where the rest of a group begins. Grid: ``(B * Hkv,)``.
@@ -175,12 +212,13 @@ def decide_kernel(
     group = tl.program_id(0)
     request = group // NUM_KV_HEADS
     kv_head = group % NUM_KV_HEADS
-    position, _ = position_of(request, indptr_ptr, last_page_len_ptr, PAGE_SIZE)
+    position, _ = position_of(request, begin_ptr, length_ptr, PAGE_SIZE, ROW_STRIDE)
     kv_len = position + 1
     stop = tl.maximum(kv_len - BAND, SINKS)
     ring, owned = ring_of(request, slots_ptr, generations_ptr, slot_table_ptr, ring_generation_ptr, num_slots)
     ring = tl.where(owned, ring, -1)
-    searched = owned & (position >= 0)
+    num_rows = rows_to_search(bypass_ptr, WINDOW, BYPASS)
+    searched = owned & (position >= 0) & (num_rows > 0)
     q_group = q_ptr + request.to(tl.int64) * stride_qb + kv_head * GROUP * stride_qh
     scan = scan_ptr + group * WINDOW
     head = tl.arange(0, BLOCK_G)
@@ -223,22 +261,14 @@ def decide_kernel(
             lse += tl.minimum(tl.maximum(step, -1024.0), 1024.0)
         distance = tl.where(found, tl.sqrt(tl.sum(gap * gap, 1)), float("inf"))
 
-    split = tl.arange(0, BLOCK_SPLITS)[:, None]
-    parts = tl.load(
-        always_lse_ptr + (group.to(tl.int64) * SPLITS + split) * GROUP + head[None, :],
-        mask=(split < SPLITS) & mask_h[None, :],
-        other=float("-inf"),
+    weight_bound = weight_bound_of(
+        always_lse_ptr + group.to(tl.int64) * (SPLITS * GROUP), lse, SPLITS, BLOCK_SPLITS, GROUP, BLOCK_G
     )
-    # the weight that the reused state would get if there were no rest
-    top = tl.maximum(tl.max(parts, 0), lse)
-    top = tl.where(top == float("-inf"), 0.0, top)
-    own = tl.exp2(lse - top)
-    total = tl.sum(tl.exp2(parts - top[None, :]), 0) + own
-    weight_bound = own / tl.where(total > 0, total, 1.0)
-
     reason = reason_of(
-        pos, distance, weight_bound, position - anchor, position, ring, cap, influence, max_age, min_context
-    )
+        pos, distance, weight_bound, position - anchor, position, ring, num_rows == 0,
+        tl.load(cap_ptr + qo_head, mask=mask_h, other=0.0), tl.load(influence_ptr + qo_head, mask=mask_h, other=0.0),
+        max_age, min_context,
+    )  # fmt: skip
     head_hit = tl.sum(tl.where(mask_h & (reason == _HIT), 1 << head, 0), 0)
     worst = tl.min(tl.where(mask_h & (reason != _HIT), reason, _NUM_REASONS), 0)
     reuse = worst == _NUM_REASONS
@@ -267,7 +297,5 @@ def decide_kernel(
     tl.store(info + 6, group_reason)
     tl.store(info + 7, head_hit)
 
-    fresh = tl.maximum(stop - low, 0) + tl.maximum(kv_len - stop, 0) + SINKS
-    tl.atomic_add(counters_ptr + group_reason, 1, sem="relaxed")
-    tl.atomic_add(counters_ptr + _NUM_REASONS, tl.minimum(fresh, kv_len).to(tl.int64), sem="relaxed")
-    tl.atomic_add(counters_ptr + _NUM_REASONS + 1, kv_len.to(tl.int64), sem="relaxed")
+    read = tl.minimum(tl.maximum(stop - low, 0) + tl.maximum(kv_len - stop, 0) + SINKS, kv_len)
+    count_group(counters_ptr, bypass_ptr, group_reason, read, kv_len, BYPASS)

@@ -13,7 +13,7 @@ from ..complete.reference import correct
 from ..config import MacConfig
 from ..errors import InputError
 from ..match.accept import distance_cap
-from ..paged import PagedKV, PageTable
+from ..paged import PagedKV, PageTable, RowTable, Table
 from ..prefill import fill_rings
 from ..ring import RingPool
 from ..rope import Rope
@@ -93,7 +93,16 @@ class PagedStore:
             self.page_size,
         )
 
-    def kv(self, table: PageTable) -> PagedKV:
+    def row_table(self, lengths: Sequence[int], requests: Sequence[int] | None = None) -> RowTable:
+        """The same as rows of token slots, those of row 0 and beyond the lengths poisoned; pages of one token only."""
+        requests = range(len(lengths)) if requests is None else requests
+        rows = torch.full_like(self.pages[:1], self.poison_page).repeat(len(self.pages) + 1, 1)
+        for request, length in zip(requests, lengths, strict=True):
+            rows[len(rows) - 1 - request, :length] = self.pages[request, :length]
+        index = torch.tensor([len(rows) - 1 - r for r in requests], device=self.pages.device)
+        return RowTable(rows.int(), index, torch.tensor(lengths, dtype=torch.int32, device=self.pages.device))
+
+    def kv(self, table: Table) -> PagedKV:
         """The cache seen through a page table."""
         return PagedKV(self.k_cache, self.v_cache, table, self.layout, self.kv_layout)
 

@@ -46,6 +46,12 @@ def test_infinite_thresholds_survive_json(threshold):
     assert MacConfig.from_json(MacConfig(threshold=threshold).to_json()).threshold == threshold
 
 
+def test_tables_survive_json():
+    config = MacConfig(thresholds=((0.5, 0.25),), influence_scale=((1.5,), (2.0,)))
+    assert MacConfig.from_json(config.to_json()) == config
+    assert hash(config) == hash(MacConfig.from_dict(config.to_dict()))
+
+
 def test_presets_are_what_they_say():
     assert MacConfig() == PRESETS["careful"]
     assert PRESETS["balanced"].influence == 0.2
@@ -82,6 +88,12 @@ def test_preset_in_json_is_the_base_of_the_fields():
         ({"match_scope": "layer"}, r"match_scope='layer' must be 'head' or 'group'"),
         ({"nominees": 0}, r"nominees=0 must be >= 1"),
         ({"correction": 1}, r"correction=1 must be true or false"),
+        ({"thresholds": 0.5}, r"thresholds=0.5 must be null or, for every layer, a list of numbers"),
+        ({"thresholds": []}, r"thresholds=\(\) must be null"),
+        ({"thresholds": [[0.5], [0.5, 0.4]]}, r"thresholds=.* must be null"),
+        ({"thresholds": [[math.inf]]}, r"thresholds=\(\(inf,\),\) must be finite numbers"),
+        ({"influence_scale": [["1"]]}, r"influence_scale=.* must be null"),
+        ({"influence_scale": [[0.0]]}, r"influence_scale=\(\(0.0,\),\) must be finite numbers > 0"),
         ({"recompute_loaded_groups": None}, r"recompute_loaded_groups=None must be true or false"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from mac_kernels import AttnState, MacConfig, step
+from mac_kernels import AttnState, MacConfig, PagedKV, step
+from mac_kernels.bypass import Bypass
 from mac_kernels.ring import RingPool
 from mac_kernels.testing.conformance import PAIRWISE_CASES, ChainOracle, Decision, DecodeConformance, pairwise, replay
 from mac_kernels.testing.conformance.cases import Case, variant
@@ -102,6 +104,34 @@ def test_a_mistaken_backend_does_not(name, monkeypatch):
     monkeypatch.setattr(owner, attribute, replacement)
     with pytest.raises(AssertionError):
         Kit().everything()
+
+
+original_accept, original_gather = step.accept, PagedKV.gather
+
+
+def without_scale(kv: PagedKV, first: torch.Tensor, count: int) -> Any:
+    return original_gather(dataclasses.replace(kv, k_scale=1.0, v_scale=1.0), first, count)
+
+
+OPTION_MISTAKES: dict[str, tuple[Any, str, Callable[..., Any]]] = {
+    "scales forgotten": (PagedKV, "gather", without_scale),
+    "limits of another layer": (step, "accept", lambda *args, layer, **named: original_accept(*args, layer=0, **named)),
+    "hits never judged": (Bypass, "update", lambda *_: None),
+    "a pause that searches": (Bypass, "paused", lambda self, layer: torch.tensor(False)),
+}
+
+
+@pytest.mark.parametrize("name", OPTION_MISTAKES)
+def test_nor_does_one_that_mistakes_an_option(name, monkeypatch):
+    monkeypatch.setattr(*OPTION_MISTAKES[name])
+    kit = Kit()
+    kit._sessions = []
+    with pytest.raises(AssertionError):
+        kit.test_limits_by_head(torch.float32)
+        kit.test_bypass()
+        kit.test_fp8_cache(torch.float32)
+        for session in kit._sessions:
+            session.ledger.verify()
 
 
 def test_replay_composes_only_the_ancestors():

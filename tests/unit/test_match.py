@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mac_kernels import ConfigError, HeadLayout, MacConfig, accept, find_match
-from mac_kernels.match.accept import distance_cap
+from mac_kernels import ConfigError, HeadLayout, InputError, MacConfig, accept, find_match
+from mac_kernels.match.accept import check_tables, distance_cap, limit_tables
 from mac_kernels.match.sketch import default_sketch_dim, dequantize, make_sketch
 from mac_kernels.ring import RingRows
 
@@ -150,6 +150,51 @@ def test_extreme_thresholds(threshold, distances, accepted):
     near, _, _ = accept(torch.tensor(distances), torch.zeros(1), torch.zeros(1), config=rule, head_dim=8)
     assert near.tolist() == accepted
     assert distance_cap(rule, 8) == math.sqrt(16) * (1 - threshold)
+
+
+def test_tables_set_limits_by_layer_and_head():
+    rule = config(
+        threshold=0.9,
+        influence=0.5,
+        thresholds=((0.5,), (0.0,)),
+        influence_scale=((1.0, 2.0, 1.0, 1.0), (1.0, 1.0, 1.0, 4.0)),
+    )
+    distance = torch.tensor([[1.9, 1.9, 2.1, 1.9]])  # caps: 2 in layer 0, 4 in layer 1; bounds: 2 / scale
+    weight = torch.full_like(distance, 0.6)
+    age = torch.zeros_like(distance)
+    near, _, light = accept(distance, weight, age, config=rule, head_dim=8)
+    assert near.tolist() == [[True, True, False, True]]
+    assert light.tolist() == [[True, False, True, True]]
+    near, _, light = accept(distance, weight, age, config=rule, head_dim=8, layer=1)
+    assert near.tolist() == [[True] * 4]
+    assert light.tolist() == [[True, True, True, False]]
+
+
+@pytest.mark.parametrize("field", ["thresholds", "influence_scale"])
+def test_the_kernels_get_the_reference_limits(field):
+    table = tuple(tuple(0.1 + 0.07 * (4 * layer + head) for head in range(4)) for layer in range(3))
+    rule = config(threshold=0.4, influence=0.2, **{field: table})
+    caps, bounds = limit_tables(rule, LAYOUT, "cpu")
+    assert caps.shape == bounds.shape == (3, 4)
+    generator = torch.Generator().manual_seed(0)
+    distance, weight = (torch.rand(50, 4, generator=generator) * top for top in (6, 1))
+    for layer in range(3):
+        near, _, light = accept(distance, weight, distance * 0, config=rule, head_dim=LAYOUT.head_dim, layer=layer)
+        assert torch.equal(near, distance < caps[layer])
+        assert torch.equal(light, weight * distance < bounds[layer])
+
+
+def test_equal_limits_are_one_row():
+    caps, bounds = limit_tables(config(influence=None), LAYOUT, "cpu")
+    assert caps.shape == bounds.shape == (1, 4)
+    assert bool(bounds.isinf().all())
+
+
+@pytest.mark.parametrize(("layers", "heads"), [(2, 4), (3, 3)])
+def test_a_table_of_another_model_is_refused(layers, heads):
+    rule = config(thresholds=((0.5,) * heads,) * layers)
+    with pytest.raises(InputError, match=f"thresholds is a table of {layers} layers x {heads} heads.*3 layers and 4"):
+        check_tables(rule, LAYOUT, 3)
 
 
 def test_no_row_is_never_light_enough_by_accident():

@@ -15,7 +15,7 @@ from mac_autotune.quality import csv as table
 from mac_autotune.quality.bootstrap import interval
 from mac_autotune.quality.csv import Row
 from mac_autotune.quality.metrics import divergence, reuse
-from mac_autotune.quality.needle import MODES, TASKS, answers, continuations, make_trial
+from mac_autotune.quality.needle import GENERATED, MODES, TASKS, answers, continuations, make_trial
 from mac_autotune.quality.rounding import rounding_pool
 from mac_autotune.quality.rules import parse_rule, parse_rules
 from mac_autotune.quality.sketches import FittedSketch, SketchedMatch, SketchKind, default_kinds
@@ -105,12 +105,15 @@ class TestNeedle:
         self, tokenizer: PreTrainedTokenizerFast, task: str, mode: str
     ) -> None:
         trial = make_trial(tokenizer, task, length=3000, mode=mode, seed=3)  # type: ignore[arg-type]
-        prompt, forced = tokenizer.decode(trial.prompt), tokenizer.decode(list(trial.forced))
+        prompt = tokenizer.decode(trial.prompt)
+        forced = tokenizer.decode([token for token in trial.forced if token >= 0])
         assert len(trial.prompt) == 3000
         assert all(expected in prompt for expected in trial.expected)
         question = TASKS[task](random.Random(f"{task}-3")).question
         assert (question in prompt) == (mode == "asked")
-        assert (question in forced) == (mode == "decoded")
+        assert (question in forced) == (mode != "asked")
+        assert trial.forced.count(-1) == (GENERATED if mode == "generated" else 0)
+        assert set(trial.forced[:GENERATED]) == {-1} or mode != "generated"
 
     def test_seeds_give_other_trials_and_the_same_seed_the_same(self, tokenizer: PreTrainedTokenizerFast) -> None:
         one, again, other = (
@@ -120,8 +123,8 @@ class TestNeedle:
         assert one.expected == again.expected != other.expected
 
     def test_every_mode_asks_the_same_of_the_same_seed(self, tokenizer: PreTrainedTokenizerFast) -> None:
-        asked, decoded = (make_trial(tokenizer, "single", length=2000, mode=mode, seed=1) for mode in MODES)
-        assert asked.expected == decoded.expected
+        trials = [make_trial(tokenizer, "single", length=2000, mode=mode, seed=1) for mode in MODES]
+        assert len({trial.expected for trial in trials}) == 1
 
     def test_recall_counts_the_expected_strings(self, tokenizer: PreTrainedTokenizerFast) -> None:
         trial = make_trial(tokenizer, "multi_value", length=2000, mode="asked", seed=0)

@@ -115,6 +115,7 @@ def test_counters_add_and_drain():
         "HIT": [0, 2],
         "NO_RING": [0, 1],
         "SHORT_CONTEXT": [1, 0],
+        "BYPASSED": [0, 0],
         "NO_ROW": [1, 0],
         "DISTANCE": [0, 1],
         "AGE": [0, 1],

@@ -14,6 +14,7 @@ from .boundaries import Boundaries
 from .cases import CONFIGS, PAIRWISE_CASES, PAPER, SMALL_CASES, Case, pairwise, variant
 from .chain import Decision, replay
 from .invariants import Invariants
+from .options import Options
 from .oracle import ChainOracle
 from .rows import compare_row
 from .serving import Serving
@@ -37,7 +38,7 @@ __all__ = [
 ]
 
 
-class DecodeConformance(Invariants, Boundaries, Serving):
+class DecodeConformance(Invariants, Boundaries, Serving, Options):
     """Every behavioural test of a decode backend; subclass it under a name that pytest collects.
 
     Set ``backend`` and ``device``; narrow or widen ``dtypes``, ``cases``, ``rules``, ``steps`` and ``chain_steps``;

@@ -34,6 +34,9 @@ class Kit:
     """Steps of the long chain."""
     runs_paper: ClassVar[bool] = False
     """Whether the backend offers ``recompute_loaded_groups=False``."""
+    sums_rounded: ClassVar[bool] = False
+    """Whether the backend sums softmax weights that are already rounded to the dtype of queries (as FlashInfer's FA2
+    kernels do, by tensor cores); the yardstick then does so, too."""
     capturable: ClassVar[bool] = False
     """Whether ``run()`` can be captured in a CUDA graph; the replay test then captures, otherwise it calls again."""
 
@@ -75,6 +78,7 @@ class Kit:
             next(iter(self.rules.values())) if config is None else config,
             device=self.device,
             fill=self.fill_rings,
+            sums_rounded=self.sums_rounded,
             **{"dtype": self.dtypes[0], **options},
         )
         self._sessions.append(session)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ...config import MacConfig
+from ...config import HeadTable, MacConfig
 from ...types import Reason, StepTrace
 from .cases import Case
 from .rows import sketch_image
@@ -24,6 +24,11 @@ def check_decisions(session: Session, result: StepResult, i: int, rows: dict[str
     if rows is None:
         assert bool((trace.reason[i] == Reason.NO_RING).all()), f"reason {trace.reason[i]} without a ring"
         assert not bool(trace.head_hit[i].any()), "a head hit without a ring"
+        return
+    if session.paused:
+        want = Reason.SHORT_CONTEXT if t < config.min_context else Reason.BYPASSED
+        assert bool((trace.reason[i] == want).all()), f"reason {trace.reason[i]} at {t} in a pause, should be {want}"
+        assert not bool(trace.head_hit[i].any()) and bool((matched == -1).all()), f"a head at {t} matched in a pause"
         return
     if config.match_scope == "group":
         by_group = matched.view(-1, case.group)
@@ -110,8 +115,9 @@ def _check_reasons(
             else:
                 row = tags.index(int(matched[head]))
                 d = float((rows["q_pre"][row, head].double() - q_pre[head]).norm())
-                influence = float(bound[head]) * d / root
-                limits = [(d, root * (1 - config.threshold), Reason.DISTANCE)]
+                threshold = _of_head(config.thresholds, session.layer, head, config.threshold)
+                influence = float(bound[head]) * d / root * _of_head(config.influence_scale, session.layer, head, 1.0)
+                limits = [(d, root * (1 - threshold), Reason.DISTANCE)]
                 if config.influence is not None:
                     limits.append((influence, config.influence, Reason.INFLUENCE))
                 for value, limit, cause in limits:
@@ -128,6 +134,10 @@ def _check_reasons(
             assert got == want, f"kv head {kv_head} of request {request} at {t}: {got.name}, should be {want.name}"
         session.judged[0] += not close
         session.judged[1] += close
+
+
+def _of_head(table: HeadTable | None, layer: int, head: int, default: float) -> float:
+    return default if table is None else table[layer][head if len(table[layer]) > 1 else 0]
 
 
 def check_ranges(config: MacConfig, case: Case, trace: StepTrace, i: int, t: int) -> None:

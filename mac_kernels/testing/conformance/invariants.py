@@ -161,9 +161,7 @@ class Invariants(Kit):
             wrapper = self.make_wrapper(case.kv_layout)
             table = step.kv.table
             wrapper.plan(
-                table.indptr,
-                table.indices,
-                table.last_page_len,
+                *table.pointers,
                 layout=case.layout,
                 page_size=case.page_size,
                 rope=step.rope,

@@ -50,6 +50,8 @@ class ChainOracle:
         Of the ring rows; rounded to when ``plain``.
     plain : bool, default False
         fp32 with the roundings above instead of fp64 without any.
+    sums_rounded : bool, default False
+        If ``plain``: weights are rounded before they are summed, too, as tensor cores sum them.
     """
 
     def __init__(
@@ -63,12 +65,13 @@ class ChainOracle:
         dtype: torch.dtype,
         row_dtype: torch.dtype,
         plain: bool = False,
+        sums_rounded: bool = False,
     ) -> None:
         self.config, self.layout, self.rope = config, layout, rope
         self.sm_scale = layout.head_dim**-0.5 if sm_scale is None else sm_scale
         self.soft_cap = logits_soft_cap
         self.work = torch.float32 if plain else torch.float64
-        self.dtype, self.row_dtype, self.plain = dtype, row_dtype, plain
+        self.dtype, self.row_dtype, self.plain, self.sums_rounded = dtype, row_dtype, plain, plain and sums_rounded
         self.rows: dict[int, OracleRow] = {}
         self._rotation: tuple[int, torch.Tensor] | None = None  # of the position asked for last
 
@@ -106,7 +109,12 @@ class ChainOracle:
         lse = torch.logsumexp(logits, -1)
         empty = torch.isneginf(lse)
         weight = torch.softmax(logits.masked_fill(empty[:, None], 0.0), -1).masked_fill(empty[:, None], 0.0)
-        if self.plain:
+        if self.sums_rounded:
+            top = logits.amax(-1, keepdim=True).masked_fill(empty[:, None], 0.0)
+            weight = torch.exp(logits - top).to(self.dtype).to(self.work)
+            total = weight.sum(-1, keepdim=True)
+            weight, lse = weight / total.masked_fill(empty[:, None], 1.0), (total.log() + top)[:, 0]
+        elif self.plain:
             weight = weight.to(self.dtype).to(self.work)
         out, kbar = ((weight[:, None] @ x)[:, 0] for x in (v, k))
         return RangeState(out, lse / math.log(2), kbar)

@@ -25,6 +25,7 @@ def check_row(session: Session, request: int, t: int) -> None:
         session.plain[request].rows[t],
         session.truth[request].rows[t],
         correction=session.config.correction and not session.soft_cap,
+        sum_dtype=session.dtype if session.sums_rounded else torch.float32,
     )
 
 
@@ -36,6 +37,7 @@ def compare_row(
     truth: OracleRow,
     *,
     correction: bool = True,
+    sum_dtype: torch.dtype = torch.float32,
 ) -> None:
     """Compare one ring row with the plain and the fp64 oracle's.
 
@@ -51,6 +53,8 @@ def compare_row(
         What it should be.
     correction : bool, default True
         Whether the mean key is compared.
+    sum_dtype : torch.dtype, default torch.float32
+        Dtype of the weights whose sum ``lse2`` is.
 
     Raises
     ------
@@ -63,7 +67,7 @@ def compare_row(
     if int(row["pos"]) == -1 and bool(torch.isneginf(truth.lse2).all()):
         return  # an empty row may be left untagged: neither is ever matched
     assert int(row["pos"]) == t, f"{what} is tagged {int(row['pos'])}"
-    ledger.record("lse2", row["lse2"], plain.lse2, truth.lse2, dtype=torch.float32, what=what)
+    ledger.record("lse2", row["lse2"], plain.lse2, truth.lse2, dtype=sum_dtype, what=what)
     ledger.record("query", row["q_pre"], plain.q_pre, truth.q_pre, dtype=rings.dtype, what=what)
     ledger.record("state", row["out"], plain.out, truth.out, dtype=rings.dtype, what=what)
     if correction:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 
+from ...paged import RowTable
 from ...types import Reason
 from ..tolerances import floor_error, max_error
 from .base import Kit
@@ -76,7 +79,13 @@ class Serving(Kit):
 
     def test_replay(self, dtype: torch.dtype) -> None:
         """One plan, one capture; then other lengths, pages, slots, queries and hits in the same tensors."""
-        expected, replayed = self._ready(dtype), self._ready(dtype)
+        self._replay(self._ready(dtype), self._ready(dtype), dtype)
+
+    def test_replay_of_rows(self) -> None:
+        """The same over rows of token slots."""
+        self._replay(self._ready_rows(), self._ready_rows(), self.dtypes[0])
+
+    def _replay(self, expected: Session, replayed: Session, dtype: torch.dtype) -> None:
         heads, dim = expected.layout.num_qo_heads, expected.case.head_dim
         q = torch.zeros(3, heads, dim, dtype=dtype, device=self.device)
         out = torch.full_like(q, torch.nan)
@@ -95,16 +104,46 @@ class Serving(Kit):
             order = [(r + step) % 3 for r in range(3)]
             result = expected.step(torch.stack([expected.next_query(r) for r in order]), order)
             outcomes |= set(result.trace.reason.flatten().tolist())
-            replayed.refill_static([expected.lengths[r] for r in order], order)
+            replayed.batches.refill_static([expected.lengths[r] for r in order], order)
             q.copy_(result.q)
             slots.copy_(torch.tensor([replayed.slots[r] for r in order]))
             out.fill_(torch.nan)
             replay()
             self._same(out, result.out, dtype)
         assert len(outcomes) > 1, "hits and misses must both occur"
-        tagged = expected.rings.fields["pos"][1] >= 0
-        assert torch.equal(replayed.rings.fields["pos"], expected.rings.fields["pos"])
-        self._same(replayed.rings.fields["out"][1][tagged], expected.rings.fields["out"][1][tagged], dtype)
+        self._same_rows(replayed, expected)
+
+    def test_rows_of_token_slots(self) -> None:
+        """A batch planned over rows of token slots is judged like one over pages."""
+        session = self._ready_rows()
+        for _ in range(self.steps):
+            session.step_random()
+        session.check_rows(0)
+        assert 0 < session.hits[0] < session.hits[1], f"hits and misses must both occur, got {session.hits}"
+
+    def test_padding(self) -> None:
+        """Entries that name the scratch row, with 1 or 0 tokens, and all the same slot, disturb nobody."""
+        alone, padded = self._ready_rows(), self._ready_rows()
+        for step in range(self.steps // 2):
+            result = alone.step_random()
+            for request in range(3):
+                padded.append(request, 1)
+            table = padded.store.row_table(padded.lengths)
+            zero, length = torch.zeros_like(table.seq_lens), torch.full_like(table.seq_lens, step % 2)
+            table = RowTable(
+                table.req_to_token,
+                torch.cat((table.req_pool_indices, zero.to(table.req_pool_indices.dtype))),
+                torch.cat((table.seq_lens, length)),
+            )
+            padded.batches.plan(table)
+            out = padded.run_planned(
+                torch.cat((result.q, result.q)).to(self.device),
+                torch.tensor([*padded.slots, 0, 0, 0], device=self.device),
+                torch.tensor([*padded.generations, 0, 7, 7], device=self.device),
+            )
+            self._same(out[:3], result.out, alone.dtype)
+            assert step % 2 or bool((out[3:] == 0).all())
+        self._same_rows(padded, alone)
 
     def test_counters(self) -> None:
         """The pool's counters add up to the traces."""
@@ -140,6 +179,18 @@ class Serving(Kit):
         session = self.session(dtype=dtype, batch=3, capacity=60)
         session.prefill_random(21, 30, 14)
         return session
+
+    def _ready_rows(self) -> Session:
+        case = dataclasses.replace(self.cases[0], page_size=1)
+        session = self.session(case, batch=3, capacity=60, rows=True)
+        session.prefill_random(21, 30, 14, chunks=2)
+        return session
+
+    def _same_rows(self, a: Session, b: Session) -> None:
+        assert torch.equal(a.rings.fields["pos"], b.rings.fields["pos"])
+        tagged = b.rings.fields["pos"][b.layer] >= 0
+        got, want = (session.rings.fields["out"][session.layer][tagged] for session in (a, b))
+        self._same(got, want, b.dtype)
 
     @staticmethod
     def _same(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> None:

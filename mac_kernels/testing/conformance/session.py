@@ -2,39 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+import dataclasses
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from ...config import MacConfig
-from ...paged import PageTable
+from ...paged import Scale
 from ...prefill import fill_rings
 from ...ring import RingPool
 from ...rope import Rope
 from ...types import Reason, StepTrace
 from ..scenario import PagedStore, poison_rings
 from ..tolerances import Ledger
+from .batch import Batches, poisoned_empty
 from .cases import Case
 from .decisions import check_decisions, check_ranges
 from .oracle import ChainOracle
 from .rows import check_row, check_untouched
-
-
-@contextlib.contextmanager
-def poisoned_empty() -> Iterator[None]:
-    """Let ``torch.empty`` return NaN, so that an output element that is never written shows."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        try:
-            yield
-        finally:
-            torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +68,12 @@ class Session:
         Soft-cap of the logits; standard deviation of the random keys; of the random numbers.
     fused_cache : bool, default False
         Keys and values are strided views of one tensor.
+    rows : bool, default False
+        Plan rows of token slots instead of pages; for cases with pages of one token.
+    kv_dtype, scales : optional
+        Dtype of the cache (default ``dtype``), and ``(k_scale, v_scale)`` of what is stored there (default 1).
+    sums_rounded : bool, default False
+        See :attr:`Kit.sums_rounded`.
     fill : callable
         Same signature as :func:`mac_kernels.fill_rings`, its default.
     """
@@ -101,25 +94,31 @@ class Session:
         logits_soft_cap: float = 0.0,
         key_scale: float = 1.0,
         fused_cache: bool = False,
+        rows: bool = False,
+        kv_dtype: torch.dtype | None = None,
+        scales: tuple[Scale, Scale] | None = None,
+        sums_rounded: bool = False,
         fill: Callable[..., None] = fill_rings,
         seed: int = 0,
     ) -> None:
         self.case, self.config, self.dtype, self.device = case, config, dtype, device
         self.layout, self.soft_cap, self._fill = case.layout, logits_soft_cap, fill
+        self.sums_rounded = sums_rounded
         make_rope = case.rope if rope is None else rope
         self.rope = make_rope(device)
         self.row_dtype = dtype if row_dtype is None else row_dtype
         self.generator = torch.Generator().manual_seed(seed)
         shape = (batch, capacity, case.kv_heads, case.head_dim)
-        self.k = (torch.randn(shape, generator=self.generator) * key_scale).to(dtype)
-        self.v = torch.randn(shape, generator=self.generator).to(dtype)
+        self.kv_dtype, self._scales = dtype if kv_dtype is None else kv_dtype, scales
+        self.k = self._as_stored(torch.randn(shape, generator=self.generator) * key_scale, 0)
+        self.v = self._as_stored(torch.randn(shape, generator=self.generator), 1)
         self.store = PagedStore(
             batch,
             capacity,
             self.layout,
             page_size=case.page_size,
             kv_layout=case.kv_layout,
-            dtype=dtype,
+            dtype=self.kv_dtype,
             device=device,
             fused=fused_cache,
             generator=self.generator,
@@ -135,7 +134,7 @@ class Session:
             device=device,
         )
         poison_rings(self.rings)
-        self.layer = 1
+        self.layer, self.paused = 1, False
         self.margin = 2e-3 if dtype == self.row_dtype == torch.float32 else 2e-2
         self.capacity = capacity
         self.ledger = Ledger()
@@ -149,6 +148,18 @@ class Session:
         for request in range(batch) if rings_for is None else rings_for:
             self.acquire(request)
         self.wrapper = make_wrapper(case.kv_layout)
+        self.batches = Batches(
+            self.wrapper, self.store, rope=self.rope, config=config, logits_soft_cap=logits_soft_cap, rows=rows
+        )
+
+    def _as_stored(self, x: torch.Tensor, which: int) -> torch.Tensor:
+        """What is left of keys (0) or values (1) in the cache."""
+        scale = self.scale(which)
+        return (x / scale).to(self.kv_dtype).to(self.dtype if self._scales is None else torch.float32) * scale
+
+    def scale(self, which: int) -> float:
+        """Scale of keys (0) or values (1)."""
+        return 1.0 if self._scales is None else float(self._scales[which])
 
     def _oracle(self, rope: Rope, *, plain: bool) -> ChainOracle:
         return ChainOracle(
@@ -159,6 +170,7 @@ class Session:
             dtype=self.dtype,
             row_dtype=self.row_dtype,
             plain=plain,
+            sums_rounded=self.sums_rounded,
         )
 
     def acquire(self, request: int, *, generation: int | None = None) -> None:
@@ -187,7 +199,8 @@ class Session:
         """Write the next tokens of a request into the cache."""
         first = self.lengths[request]
         stop = first + count
-        self.store.write(request, first, self.k[request, first:stop], self.v[request, first:stop])
+        k, v = (x[request, first:stop] / self.scale(which) for which, x in enumerate((self.k, self.v)))
+        self.store.write(request, first, k, v)
         self.lengths[request] = stop
 
     def prefill(self, lengths: Sequence[int], q_pre: Sequence[torch.Tensor], *, chunks: int = 1) -> None:
@@ -205,7 +218,7 @@ class Session:
                 self._fill(
                     torch.cat(queries),
                     torch.tensor(counts, dtype=torch.int32, device=self.device),
-                    self.store.kv(self.store.table(self.lengths)),
+                    dataclasses.replace(self.store.kv(self.batches.table(self.lengths)), **self._scale_arguments()),
                     rings=self.rings,
                     layer=self.layer,
                     slots=self._ids(self.slots),
@@ -228,6 +241,9 @@ class Session:
         heads, dim = self.layout.num_qo_heads, self.case.head_dim
         self.prefill(lengths, [self.draw(length, heads, dim) for length in lengths], chunks=chunks)
 
+    def _scale_arguments(self) -> dict[str, Any]:
+        return {} if self._scales is None else {"k_scale": self._scales[0], "v_scale": self._scales[1]}
+
     def _ids(self, values: Sequence[int]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self.device)
 
@@ -244,6 +260,7 @@ class Session:
         for request, t, query in zip(requests, positions, q_pre, strict=True):
             self.queries[request][t] = query
         before = {name: field.clone() for name, field in self.rings.fields.items()}
+        self.paused = bool(self.rings.bypass.paused(self.layer))
         out, trace = self._run(q, requests)
         trace = StepTrace(*(field.cpu() for field in trace))
         result = StepResult(requests, positions, q.cpu(), out.cpu(), trace)
@@ -283,27 +300,16 @@ class Session:
         chosen = range(len(self.lengths)) if requests is None else requests
         return self.step(torch.stack([self.next_query(r, revisit=revisit) for r in chosen]), requests, check=check)
 
-    def _plan(self, table: PageTable) -> None:
-        self.wrapper.plan(
-            table.indptr,
-            table.indices,
-            table.last_page_len,
-            layout=self.layout,
-            page_size=self.case.page_size,
-            rope=self.rope,
-            config=self.config,
-            logits_soft_cap=self.soft_cap,
-        )
-
     def run(self, q: torch.Tensor, lengths: Sequence[int], *, out: torch.Tensor | None = None) -> torch.Tensor:
         """Plan and run all requests at the given lengths, unjudged."""
         with poisoned_empty():
-            self._plan(self.store.table(lengths))
-            return self._run_planned(q, self._ids(self.slots), self._ids(self.generations), out)
+            self.batches.plan(self.batches.table(lengths))
+            return self.run_planned(q, self._ids(self.slots), self._ids(self.generations), out)
 
-    def _run_planned(
-        self, q: torch.Tensor, slots: torch.Tensor, generations: torch.Tensor, out: torch.Tensor | None
+    def run_planned(
+        self, q: torch.Tensor, slots: torch.Tensor, generations: torch.Tensor, out: torch.Tensor | None = None
     ) -> torch.Tensor:
+        """Run what was planned last, unjudged."""
         result: torch.Tensor = self.wrapper.run(
             q,
             (self.store.k_cache, self.store.v_cache),
@@ -312,29 +318,21 @@ class Session:
             slots=slots,
             generations=generations,
             out=out,
+            **self._scale_arguments(),
         )
         return result
 
     def plan_static(self) -> None:
-        """Plan all requests at full capacity, over tensors that :meth:`refill_static` changes in place."""
-        self._static = self.store.table([self.capacity] * len(self.lengths))
-        self._plan(self._static)
+        """Plan all requests at full capacity; their tables then change in place (``batches.refill_static``)."""
+        self.batches.plan_static([self.capacity] * len(self.lengths))
 
     def run_static(self, q: torch.Tensor, slots: torch.Tensor, generations: torch.Tensor, out: torch.Tensor) -> None:
         """Run what :meth:`plan_static` planned; nothing but the given tensors is touched, so it can be captured."""
-        self._run_planned(q, slots, generations, out)
-
-    def refill_static(self, lengths: Sequence[int], requests: Sequence[int]) -> None:
-        """Put other lengths and pages into the planned tensors; what is left of ``indices`` names the poisoned page."""
-        table = self.store.table(lengths, requests)
-        self._static.indptr.copy_(table.indptr)
-        self._static.last_page_len.copy_(table.last_page_len)
-        self._static.indices.fill_(self.store.poison_page)
-        self._static.indices[: len(table.indices)].copy_(table.indices)
+        self.run_planned(q, slots, generations, out)
 
     def _run(self, q: torch.Tensor, requests: Sequence[int]) -> tuple[torch.Tensor, StepTrace]:
         with poisoned_empty():
-            self._plan(self.store.table([self.lengths[r] for r in requests], requests))
+            self.batches.plan(self.batches.table([self.lengths[r] for r in requests], requests))
             out: tuple[torch.Tensor, StepTrace] = self.wrapper.run_return_trace(
                 q,
                 (self.store.k_cache, self.store.v_cache),
@@ -342,6 +340,7 @@ class Session:
                 layer=self.layer,
                 slots=self._ids([self.slots[r] for r in requests]),
                 generations=self._ids([self.generations[r] for r in requests]),
+                **self._scale_arguments(),
             )
         return out
 

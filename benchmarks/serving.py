@@ -1,0 +1,204 @@
+"""Start an SGLang server, wait until it answers, end it; and what the benchmarks of the SGLang surface share."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mac_kernels.errors import MacError, MissingError
+from mac_sglang.client import Reply, Server, open_session
+
+_START_S = 480.0
+_STOP_S = 20.0
+_PUBLISHED_S = 2.5  # mac_sglang publishes its counters once a second
+
+
+class ServerDiedError(MacError, RuntimeError):
+    """The server ended before it answered; the message has the end of its log."""
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """How to start a server: name for the table, attention backend, MAC's config (if it is one), arguments."""
+
+    name: str
+    attention_backend: str
+    model: Path
+    config: Mapping[str, Any] | None = None
+    arguments: tuple[str, ...] = ()
+
+    def command(self, port: int) -> list[str]:
+        """Return the command line."""
+        chosen = ("--model-path", str(self.model), "--attention-backend", self.attention_backend, "--port", str(port))
+        return [sys.executable, "-m", "sglang.launch_server", *chosen, "--enable-metrics", *self.arguments]
+
+
+@contextlib.asynccontextmanager
+async def serve(launch: Launch, log: Path) -> AsyncIterator[Server]:
+    """Start a server, yield it when it is healthy, end all its processes.
+
+    Raises
+    ------
+    ServerDiedError
+        If it ends, or does not answer in eight minutes.
+    """
+    task = asyncio.current_task()
+    assert task is not None  # this is a coroutine
+    # a run that is cut off must not leave a server behind, which would keep the GPU
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    with tempfile.TemporaryDirectory() as folder:
+        environment = dict(os.environ)
+        if launch.config is not None:
+            path = Path(folder) / "config.json"
+            path.write_text(json.dumps({"schema": 1, **launch.config}), encoding="utf-8")
+            environment["MAC_KERNELS_CONFIG"] = str(path)
+        port, begun = free_port(), time.perf_counter()
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("wb") as file:
+            process = subprocess.Popen(
+                launch.command(port), stdout=file, stderr=file, env=environment, start_new_session=True
+            )
+        try:
+            async with open_session() as session:
+                server = Server(session, f"http://127.0.0.1:{port}")
+                await _until_healthy(server, process, log)
+                say(f"{launch.name}: healthy after {time.perf_counter() - begun:.0f} s")
+                yield server
+        finally:
+            await _stop(process)
+
+
+async def _until_healthy(server: Server, process: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + _START_S
+    while time.monotonic() < deadline and process.poll() is None:
+        with contextlib.suppress(MacError):
+            # /health answers before the scheduler can: a first token says that everything is there
+            await server.generate([1, 2, 3, 4], max_new_tokens=1, ignore_eos=True)
+            return
+        await asyncio.sleep(0.5)
+    tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-40:]
+    what = "does not answer" if process.poll() is None else f"ended with status {process.returncode}"
+    raise ServerDiedError("\n".join((f"the server {what}; the end of {log}:", *tail)))
+
+
+async def _stop(process: subprocess.Popen[bytes]) -> None:
+    """Kill the server at once: on a polite signal it would diagnose its dying schedulers for many seconds."""
+    import psutil
+
+    family = []
+    with contextlib.suppress(psutil.Error):
+        family = psutil.Process(process.pid).children(recursive=True)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    # they hold the GPU's memory until they are gone; what nobody reaps stays a zombie
+    deadline = time.monotonic() + _STOP_S
+    while time.monotonic() < deadline and any(map(_lives, family)):
+        await asyncio.sleep(0.1)
+
+
+def _lives(process: Any) -> bool:
+    import psutil
+
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.Error:
+        return False
+
+
+def free_port() -> int:
+    """Return a port that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+async def groups(server: Server) -> Counter[str]:
+    """Return the kv groups by reason that all ranks have counted; empty if the server is not MAC's."""
+    from prometheus_client.parser import text_string_to_metric_families
+
+    await asyncio.sleep(_PUBLISHED_S)
+    counts: Counter[str] = Counter()
+    for family in text_string_to_metric_families(await server.metrics()):
+        for sample in family.samples:
+            if sample.name == "mac_groups_total":
+                counts[sample.labels["reason"]] += int(sample.value)
+    return counts
+
+
+def hit_rate(counts: Counter[str]) -> float:
+    """Reused share of all kv groups; NaN without any."""
+    total = sum(counts.values())
+    return counts["HIT"] / total if total else float("nan")
+
+
+def steady_speed(replies: Sequence[Reply], *, skip: int, samples: int) -> list[float]:
+    """Tokens per second of all replies together, in equal parts of the time in which all of them decode.
+
+    ``skip`` tokens at the start of every reply are left out.
+
+    Raises
+    ------
+    ValueError
+        If there is no such time.
+    """
+    begin = max(reply.arrivals_s[skip] for reply in replies)
+    end = min(reply.arrivals_s[-1] for reply in replies)
+    if end <= begin:
+        raise ValueError(f"the replies do not decode together for more than {skip} tokens; ask for more tokens")
+    arrivals = sorted(at for reply in replies for at in reply.arrivals_s if begin < at <= end)
+    # parts of equal counts, measured from arrival to arrival: parts of equal time would cut tokens in two
+    cuts = [begin, *(arrivals[len(arrivals) * part // samples - 1] for part in range(1, samples + 1))]
+    counts = [len(arrivals) * (part + 1) // samples - len(arrivals) * part // samples for part in range(samples)]
+    return [count / (b - a) for count, a, b in zip(counts, cuts, cuts[1:], strict=False) if b > a]
+
+
+def agreement(a: Sequence[int], b: Sequence[int]) -> int:
+    """Length of the common beginning."""
+    return next((at for at, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def three(values: Sequence[float]) -> dict[str, str]:
+    """p20, p50 and p80 and the number of samples, as the table writes them."""
+    ordered = sorted(values)
+    at = {"p20": 0.2, "p50": 0.5, "p80": 0.8}
+    quantiles = {
+        name: statistics.median(ordered) if share == 0.5 else ordered[round(share * (len(ordered) - 1))]
+        for name, share in at.items()
+    }
+    return {**{name: f"{value:.4g}" for name, value in quantiles.items()}, "n": str(len(ordered))}
+
+
+def sglang_version() -> str:
+    """The installed SGLang, as the column ``backend`` names it.
+
+    Raises
+    ------
+    MissingError
+        If it is not installed.
+    """
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return f"sglang {version('sglang')}"
+    except PackageNotFoundError:
+        raise MissingError("sglang is not installed; install it with: pip install 'mac-kernels[sglang]'") from None
+
+
+def say(text: str) -> None:
+    """Print at once: the runs are long."""
+    print(text, flush=True)

@@ -1,0 +1,203 @@
+"""A real model on a whole server: agreement with the baseline, hit rates and speed of the presets, prefix cache on."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mac_kernels import PRESETS
+from mac_kernels.errors import InputError
+from mac_sglang.client import Reply, Server
+
+from . import results
+from .serving import Launch, agreement, groups, hit_rate, say, serve, sglang_version, steady_speed, three
+
+PRESETS_MEASURED = ("exact", "careful", "balanced", "fast")
+_EARLY = 16  # tokens in which a second request has to reach the steady hit rate
+_LATER = 100
+_SKIP, _SAMPLES = 24, 8
+AddRow = Callable[[str, str, str, Sequence[float]], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Prompts:
+    """Token ids: prompts without and with a common beginning, and what a user says in the second turn."""
+
+    distinct: list[list[int]]
+    shared: list[list[int]]
+    turns: list[list[int]]
+
+
+@dataclass
+class Measured:
+    """What one server did, by part: replies, kv groups by reason."""
+
+    replies: dict[str, list[Reply]] = field(default_factory=dict)
+    groups: dict[str, Counter[str]] = field(default_factory=dict)
+
+    def tokens(self, part: str) -> list[list[int]]:
+        """Tokens of every reply."""
+        return [reply.output_ids for reply in self.replies[part]]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of this suite."""
+    parser.add_argument("--model", help="folder, .gguf file or hub id; default: SmolLM2-135M-Instruct")
+    parser.add_argument("--text", type=Path, help="UTF-8 file; default: the demo's text")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--prompt-tokens", type=int, default=7_000)
+    parser.add_argument("--tokens", type=int, default=1_000)
+    parser.add_argument("--presets", default=",".join(PRESETS_MEASURED), help="comma separated")
+
+
+async def run(args: argparse.Namespace, output: Path) -> int:
+    """Measure the baseline and every preset, write the table after each."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokens, shape = prepare(args.model, args.text, Path(folder))
+        prompts = make_prompts(tokens, args.batch, args.prompt_tokens)
+        arguments = ("--skip-tokenizer-init", "--tp", str(args.tp), *args.server_args)
+        launches = [Launch(args.baseline, args.baseline, Path(folder), None, arguments)]
+        for preset in args.presets.split(","):
+            launches.append(Launch(preset, "mac", Path(folder), {"preset": preset, "serving": args.serving}, arguments))
+        full: Measured | None = None
+        for launch in launches:
+            async with serve(launch, args.logs / f"sglang-smollm2-{launch.name}.log") as server:
+                measured = await _measure(server, prompts, args.tokens, noise=full is None)
+            full = full or measured
+            rows = _rows(launch, measured, full, args, shape)
+            results.upsert(output, rows)
+            for row in rows:
+                say(f"{row['config']:9} {row['case']:10} {row['metric']:20} p20 {row['p20']:>7} p50 {row['p50']:>7} "
+                    f"p80 {row['p80']:>7} {row['unit']}")  # fmt: skip
+    return 0
+
+
+def prepare(model: str | None, text: Path | None, folder: Path) -> tuple[list[int], dict[str, Any]]:
+    """Write the model as bf16 safetensors, which every version of SGLang loads; return the text's tokens and the shape.
+
+    SGLang's own loader of GGUF files needs kernels that not every build has.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from mac_transformers.demo import read_text
+    from mac_transformers.weights import find_weights
+
+    loaded, tokenizer = find_weights(model).load()
+    weights = loaded.state_dict()
+    if hasattr(loaded.config, "quantization_config"):
+        # a model that was read from GGUF holds plain weights but refuses to be saved
+        del loaded.config.quantization_config
+    plain = AutoModelForCausalLM.from_config(loaded.config, dtype=torch.bfloat16)
+    plain.load_state_dict(weights)
+    plain.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    tokens: list[int] = tokenizer(read_text(text)[0]).input_ids
+    return tokens, json.loads((folder / "config.json").read_text(encoding="utf-8"))
+
+
+def make_prompts(tokens: Sequence[int], batch: int, length: int) -> Prompts:
+    """Cut prompts out of a text; the shared ones have six of seven parts in common.
+
+    Raises
+    ------
+    InputError
+        If the text is too short.
+    """
+    common, tail, turn = length * 6 // 7, length - length * 6 // 7, 48
+    if len(tokens) < batch * length + turn:
+        raise InputError(f"the text has {len(tokens)} tokens, {batch * length + turn} are needed; give a longer --text")
+    distinct = [list(tokens[at * length : (at + 1) * length]) for at in range(batch)]
+    start = [list(tokens[:common])] * batch
+    ends = [list(tokens[common + at * tail : common + (at + 1) * tail]) for at in range(batch)]
+    turns = [list(tokens[-(at + 1) * turn : -at * turn or None]) for at in range(batch)]
+    return Prompts(distinct, [a + b for a, b in zip(start, ends, strict=True)], turns)
+
+
+async def _measure(server: Server, prompts: Prompts, tokens: int, *, noise: bool) -> Measured:
+    measured = Measured()
+
+    async def part(name: str, inputs: list[list[int]], count: int, *, at_once: int | None = None) -> None:
+        before = await groups(server)
+        size = at_once or len(inputs)
+        replies: list[Reply] = []
+        for at in range(0, len(inputs), size):
+            calls = [server.generate(ids, max_new_tokens=count, ignore_eos=True) for ids in inputs[at : at + size]]
+            replies += await asyncio.gather(*calls)
+        measured.replies[name] = replies
+        measured.groups[name] = await groups(server) - before
+
+    await server.generate(prompts.distinct[0][:512], max_new_tokens=_SKIP, ignore_eos=True)
+    await server.flush()
+    await part("distinct", prompts.distinct, tokens)
+    heard = zip(prompts.distinct, measured.tokens("distinct"), prompts.turns, strict=True)
+    second = [prompt + answer + turn for prompt, answer, turn in heard]
+    await part("early", second, _EARLY)
+    await part("later", second, _EARLY + _LATER)
+    await server.flush()
+    await server.generate(prompts.shared[0], max_new_tokens=1, ignore_eos=True)
+    await part("shared", prompts.shared, tokens)
+    if noise:
+        # the same prompts in other batches: what two correct servers may differ by
+        await server.flush()
+        await part("other order", prompts.distinct[::-1], tokens, at_once=max(1, len(prompts.distinct) // 2))
+        measured.replies["other order"].reverse()
+    return measured
+
+
+def _rows(
+    launch: Launch, measured: Measured, full: Measured, args: argparse.Namespace, shape: dict[str, Any]
+) -> list[results.Row]:
+    config = PRESETS.get(launch.name)
+    common = {
+        "suite": "sglang",
+        "provider": launch.attention_backend,
+        "backend": sglang_version(),
+        "batch": args.batch,
+        "context": args.prompt_tokens + args.tokens,
+        "hq": shape["num_attention_heads"],
+        "hkv": shape["num_key_value_heads"],
+        "head_dim": shape.get("head_dim") or shape["hidden_size"] // shape["num_attention_heads"],
+        "dtype": "bfloat16",
+        "page_size": 1,
+        "window": config.window if config else "",
+        "band": config.band if config else "",
+        "lag": "",
+        "config": launch.name if config else "full",
+        "hit_rate": "",
+        "miss_pattern": "",
+        "tp": args.tp,
+        **results.facts(args.command_line),
+    }
+    rows: list[dict[str, Any]] = []
+
+    def row(part: str, metric: str, unit: str, values: Sequence[float]) -> None:
+        rows.append({**common, "case": f"smollm2-{part}", "metric": metric, "unit": unit, **three(values)})
+
+    for part in ("distinct", "shared"):
+        row(part, "throughput", "tokens/s", steady_speed(measured.replies[part], skip=_SKIP, samples=_SAMPLES))
+        if config:
+            row(part, "hit_rate", "1", [hit_rate(measured.groups[part])])
+        if measured is not full:
+            _agree(row, part, measured.tokens(part), full.tokens(part))
+    if "other order" in measured.replies:
+        _agree(row, "noise", measured.tokens("other order"), measured.tokens("distinct"))
+    if config:
+        row("second", "hit_rate_first_16", "1", [hit_rate(measured.groups["early"])])
+        later = Counter(measured.groups["later"])
+        later.subtract(measured.groups["early"])  # the same beginning, so what remains are the tokens after it
+        row("second", "hit_rate_after_16", "1", [hit_rate(later)])
+    return [{name: str(value) for name, value in row.items()} for row in rows]
+
+
+def _agree(row: AddRow, part: str, a: list[list[int]], b: list[list[int]]) -> None:
+    same = [agreement(x, y) for x, y in zip(a, b, strict=True)]
+    row(part, "agreement", "tokens", same)
+    row(part, "equal_replies", "1", [sum(n == len(y) for n, y in zip(same, b, strict=True)) / len(b)])

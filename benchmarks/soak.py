@@ -1,0 +1,257 @@
+"""Load a server for minutes and check every answer: ``python -m benchmarks.soak --minutes 8``.
+
+Clients send prompts of mixed lengths, some on a common prefix, and hang up on some answers. Before that, every prompt
+is answered once, alone; every later answer must be the same, up to ties: a token may differ only where the two best
+tokens of the first answer were closer than ``--tie`` (batches of other sizes round differently). The memory of the GPU
+must not grow after the first quarter, and at the end the server must still give the first answers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import random
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mac_kernels.errors import MacError
+from mac_sglang.client import Reply, Server
+
+from . import results
+from .serving import Launch, agreement, groups, hit_rate, say, serve, sglang_version, three
+from .sglang import add_server_arguments, command_line
+from .sglang_smollm2 import prepare
+
+_TOKENS = 160
+_SETTLED = 0.25  # share of the time after which memory has to be flat
+_GROWTH_MIB = 64.0
+_EVERY_S = 5.0
+Check = tuple[str, bool, str]  # what, whether it holds, figure
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """The first answer to a prompt, and how far its second best token was behind at every step, in nats."""
+
+    prompt: list[int]
+    tokens: list[int]
+    margins: list[float]
+
+
+@dataclass
+class Tally:
+    """What happened: outcomes by kind, generated tokens, wrong answers in words, memory by time."""
+
+    outcomes: Counter[str] = field(default_factory=Counter)
+    tokens: int = 0
+    wrong: list[str] = field(default_factory=list)
+    memory: list[tuple[float, float, float]] = field(default_factory=list)  # time, GPU MiB, host MiB
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run; 0 if everything held, 1 if something did not, 2 if the server or the input failed."""
+    arguments = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.soak", description=__doc__)
+    parser.add_argument("--minutes", type=float, default=8.0)
+    parser.add_argument("--clients", type=int, default=32)
+    parser.add_argument("--model", help="folder, .gguf file or hub id; default: SmolLM2-135M-Instruct")
+    parser.add_argument("--text", type=Path, help="UTF-8 file; default: the demo's text")
+    parser.add_argument("--preset", default="exact", help="of the server; checked requests are exact in any case")
+    parser.add_argument("--longest", type=int, default=7_000, help="tokens of the longest prompts")
+    parser.add_argument("--tie", type=float, default=0.5, help="nats within which two tokens count as tied")
+    add_server_arguments(parser)
+    args = parser.parse_args(arguments)
+    args.command_line = command_line("benchmarks.soak", arguments)
+    try:
+        return asyncio.run(_run(args, args.output or results.folder() / "sglang.csv"))
+    except MacError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+async def _run(args: argparse.Namespace, output: Path) -> int:
+    with tempfile.TemporaryDirectory() as folder:
+        tokens, shape = prepare(args.model, args.text, Path(folder))
+        arguments = ("--skip-tokenizer-init", "--tp", str(args.tp), *args.server_args)
+        launch = Launch(args.preset, "mac", Path(folder), {"preset": args.preset, "serving": args.serving}, arguments)
+        tally = Tally()
+        async with serve(launch, args.logs / "sglang-soak.log") as server:
+            references = [await _first_answer(server, prompt) for prompt in _prompts(tokens, args.longest)]
+            say(f"{len(references)} prompts answered once; {args.clients} clients for {args.minutes:g} minutes")
+            before = await groups(server)
+            await _load(server, references, tally, args)
+            used = hit_rate(await groups(server) - before)
+            alive = await _answers(server, references, tally, args.tie)
+    checks = _verdict(tally, alive=alive)
+    for what, good, figure in checks:
+        say(f"{'ok ' if good else 'BAD'}  {what}: {figure}")
+    for text in tally.wrong[:10]:
+        say(f"     {text}")
+    results.upsert(output, _rows(tally, used, args, shape))
+    return 0 if all(good for _, good, _ in checks) else 1
+
+
+def _prompts(tokens: Sequence[int], longest: int) -> list[list[int]]:
+    """Mixed lengths; every other prompt begins like the first one."""
+    draw = random.Random(0)
+    prompts = []
+    for number in range(24):
+        length = max(8, int(longest * draw.choice((0.01, 0.1, 0.3, 0.5, 1.0))))
+        own = draw.randrange(len(tokens) - longest)
+        common = length * 2 // 3 if number % 2 else 0
+        prompts.append([*tokens[:common], *tokens[own : own + length - common]])
+    return prompts
+
+
+async def _first_answer(server: Server, prompt: list[int]) -> Reference:
+    reply = await _exact(server, prompt, return_logprob=True, top_logprobs_num=2, logprob_start_len=-1)
+    best = reply.meta["output_top_logprobs"]
+    return Reference(prompt, reply.output_ids, [float(top[0][0]) - float(top[1][0]) for top in best])
+
+
+async def _exact(server: Server, prompt: list[int], **fields: Any) -> Reply:
+    marked = {"custom_params": {"mac": "exact"}}
+    return await server.generate(prompt, max_new_tokens=_TOKENS, ignore_eos=True, sampling=marked, **fields)
+
+
+async def _load(server: Server, references: list[Reference], tally: Tally, args: argparse.Namespace) -> None:
+    begin = time.monotonic()
+    end = begin + args.minutes * 60
+    watch = asyncio.create_task(_watch_memory(tally, begin))
+    clients = [_client(server, references, tally, number, end, args.tie) for number in range(args.clients)]
+    try:
+        await asyncio.gather(*clients)
+    finally:
+        watch.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await watch
+
+
+async def _client(
+    server: Server, references: list[Reference], tally: Tally, number: int, end: float, tie: float
+) -> None:
+    draw = random.Random(number)
+    while time.monotonic() < end:
+        reference, kind = draw.choice(references), draw.random()
+        if kind < 0.2:
+            call = asyncio.create_task(_exact(server, reference.prompt))
+            # hang up while it waits, reads the prompt or decodes
+            _, pending = await asyncio.wait([call], timeout=draw.uniform(0.01, 1.5))
+            call.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await call
+            tally.outcomes["aborted" if pending else "answered before the abort"] += 1
+        elif kind < 0.5:
+            # under another preset than exact these use rings; their tokens are an approximation
+            reply = await server.generate(reference.prompt, max_new_tokens=draw.randrange(1, _TOKENS), ignore_eos=True)
+            tally.outcomes["unmarked"] += 1
+            tally.tokens += len(reply.output_ids)
+        else:
+            await _compare(server, reference, tally, tie)
+
+
+async def _compare(server: Server, reference: Reference, tally: Tally, tie: float) -> None:
+    reply = await _exact(server, reference.prompt)
+    tally.tokens += len(reply.output_ids)
+    same = agreement(reply.output_ids, reference.tokens)
+    if same == len(reference.tokens):
+        tally.outcomes["equal"] += 1
+    elif reference.margins[same] < tie:
+        tally.outcomes["equal up to a tie"] += 1
+    else:
+        tally.outcomes["WRONG"] += 1
+        tally.wrong.append(
+            f"prompt of {len(reference.prompt)} ({reply.meta['cached_tokens']} cached): token {same} differs, "
+            f"though the best was {reference.margins[same]:.2f} nats ahead"
+        )
+
+
+async def _answers(server: Server, references: list[Reference], tally: Tally, tie: float) -> bool:
+    """Whether the server, idle again and its cache emptied, still gives the first answers."""
+    wrong = len(tally.wrong)
+    await server.flush()
+    for reference in references[:4]:
+        await _compare(server, reference, tally, tie)
+    return len(tally.wrong) == wrong
+
+
+async def _watch_memory(tally: Tally, begin: float) -> None:
+    while True:
+        gpu, host = await asyncio.to_thread(_memory)
+        tally.memory.append((time.monotonic() - begin, gpu, host))
+        say(f"{tally.memory[-1][0]:6.0f} s  GPU {gpu:.0f} MiB  host {host:.0f} MiB  {dict(tally.outcomes)}")
+        await asyncio.sleep(max(_EVERY_S, tally.memory[-1][0] / 20))
+
+
+def _memory() -> tuple[float, float]:
+    """MiB in use on all GPUs, and of the processes below this one."""
+    import psutil
+
+    gpu = 0
+    for device in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(device)
+        gpu += total - free
+    host = 0
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            host += process.memory_info().rss
+    return gpu / 2**20, host / 2**20
+
+
+def _verdict(tally: Tally, *, alive: bool) -> list[Check]:
+    settled = [entry for entry in tally.memory if entry[0] >= _SETTLED * tally.memory[-1][0]]
+    growth = settled[-1][1] - settled[0][1]
+    checked = tally.outcomes["equal"] + tally.outcomes["equal up to a tie"] + len(tally.wrong)
+    return [
+        ("tokens of exact requests", checked > 0 and not tally.wrong, f"{len(tally.wrong)} of {checked} answers wrong"),
+        ("aborts", tally.outcomes["aborted"] > 0, f"{tally.outcomes['aborted']} requests hung up on"),
+        ("GPU memory", growth <= _GROWTH_MIB, f"{growth:+.0f} MiB of {settled[-1][1]:.0f} after the first quarter"),
+        ("alive and right at the end", alive, "yes" if alive else "no"),
+    ]
+
+
+def _rows(tally: Tally, used: float, args: argparse.Namespace, shape: dict[str, Any]) -> list[results.Row]:
+    settled = [entry for entry in tally.memory if entry[0] >= _SETTLED * tally.memory[-1][0]]
+    common = {
+        "suite": "sglang",
+        "case": "soak",
+        "provider": "mac",
+        "backend": sglang_version(),
+        "batch": args.clients,
+        "context": args.longest,
+        "hq": shape["num_attention_heads"],
+        "hkv": shape["num_key_value_heads"],
+        "head_dim": shape.get("head_dim") or shape["hidden_size"] // shape["num_attention_heads"],
+        "dtype": "bfloat16",
+        "page_size": 1,
+        "config": args.preset,
+        "tp": args.tp,
+        **dict.fromkeys(("window", "band", "lag", "hit_rate", "miss_pattern"), ""),
+        **results.facts(args.command_line),
+    }
+    figures = {
+        "duration": ("s", tally.memory[-1][0]),
+        "answers_equal": ("1", tally.outcomes["equal"]),
+        "answers_equal_up_to_a_tie": ("1", tally.outcomes["equal up to a tie"]),
+        "answers_wrong": ("1", len(tally.wrong)),
+        "aborts": ("1", tally.outcomes["aborted"]),
+        "throughput": ("tokens/s", tally.tokens / tally.memory[-1][0]),
+        "hit_rate": ("1", used),
+        "gpu_memory_growth": ("MiB", settled[-1][1] - settled[0][1]),
+        "host_memory_growth": ("MiB", settled[-1][2] - settled[0][2]),
+    }
+    rows = [{**common, "metric": metric, "unit": unit, **three([value])} for metric, (unit, value) in figures.items()]
+    return [{name: str(value) for name, value in row.items()} for row in rows]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,260 @@
+"""The decode step composed of FlashInfer's parts: Triton matches and completes, FlashInfer attends."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+
+from .attend.flashinfer import RangeAttention, Ranges, Scores
+from .attend.flashinfer_replan import replan
+from .complete.triton import complete_kernel
+from .errors import InputError
+from .fused import Arguments, FusedStep, kv_arguments, ring_arguments, taken_by
+from .launch import default_launch
+from .match.triton_decide import decide_kernel
+from .match.triton_scan import scan_kernel
+from .paged import PagedKV, RowTable, Table
+from .planning import Planned
+from .ring import RingPool
+
+_SCAN_ROWS = 128  # ring rows that a program scans
+
+
+@dataclass(frozen=True, slots=True)
+class _Attention:
+    """FlashInfer's calls for one pair of dtypes, and where they write; the kernels read it as one part per group."""
+
+    always: RangeAttention
+    rest: RangeAttention
+    always_out: torch.Tensor
+    rest_out: torch.Tensor
+    rest_key: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class _Launches:
+    """Arguments of our three kernels that do not change from step to step."""
+
+    rings: RingPool
+    scan: Arguments
+    decide: Arguments
+    complete: Arguments
+
+
+class ComposedStep(FusedStep):
+    """Workspace and calls of one planned batch.
+
+    The first :meth:`run` for a pair of dtypes compiles and plans FlashInfer's calls (it may sync and allocate); after
+    that nothing is allocated, nothing syncs, and a CUDA graph can capture it.
+
+    Parameters
+    ----------
+    planned : Planned
+        The values of its table may change between runs, its batch size may not.
+    """
+
+    def __init__(self, planned: Planned) -> None:
+        table, layout, config = planned.table, planned.layout, planned.config
+        groups = table.batch_size * layout.num_kv_heads
+        launch = default_launch(groups, config, 1)
+        super().__init__(planned, launch=dataclasses.replace(launch, splits=1, programs_per_sm=1))
+        self._attentions: dict[tuple[torch.dtype, torch.dtype, str], _Attention] = {}
+        self._launches: dict[tuple[object, ...], _Launches] = {}
+        self._scores = Scores(planned.sm_scale, planned.logits_soft_cap)
+        sinks_and_band, device = config.sinks + config.band, table.device
+        self._entries = torch.zeros(table.batch_size * sinks_and_band, dtype=torch.int32, device=device)
+        bounds = torch.zeros(groups, 2, dtype=torch.int32, device=device)
+        self._always_ranges = Ranges(bounds, 2, torch.zeros(layout.group_size, dtype=torch.int32, device=device), 0)
+        self._rest_ranges = Ranges(self._info, self._info.stride(0), self._int, self._int.stride(0))
+        self._always_lse = torch.zeros(table.batch_size, layout.num_qo_heads, device=device)
+        self._rest_lse, self._spare_lse = torch.zeros_like(self._always_lse), torch.zeros_like(self._always_lse)
+        numbers = torch.arange(groups, dtype=torch.int32, device=device)
+        self._one_part_each = torch.stack([numbers, torch.ones_like(numbers)], 1)
+        self._table_entries = flat_entries(table)
+
+    def run(
+        self,
+        q: torch.Tensor,
+        kv: PagedKV,
+        rings: RingPool,
+        *,
+        layer: int,
+        slots: torch.Tensor,
+        generations: torch.Tensor,
+        out: torch.Tensor,
+    ) -> None:
+        """Match, attend and complete ``q`` [B, Hq, D]; writes ``out`` and the ring rows."""
+        k, v, layout = kv.k_cache, kv.v_cache, self._planned.layout
+        attention = self._attention(q.dtype, kv)
+        form = (layer, k.stride(), v.stride(), k.dtype, q.dtype)
+        bound = self._launches.get(form)
+        if bound is None or bound.rings is not rings:
+            bound = self._launches[form] = self._bind_launches(q, kv, rings, layer, attention)
+        tokens = token_view(kv, k), token_view(kv, v)
+        stride_b, stride_h, _ = q.stride()
+        scan_kernel[(self._groups * bound.scan["SCAN_SPLITS"],)](
+            q, stride_b, stride_h, slots, generations, **bound.scan
+        )
+        attention.always.run(
+            q,
+            tokens,
+            self._always_ranges,
+            self._scores,
+            out=attention.always_out,
+            lse2=self._always_lse,
+            k_scale=kv.k_scale,
+            v_scale=kv.v_scale,
+        )
+        decide_kernel[(self._groups,)](q, stride_b, stride_h, slots, generations, **bound.decide)
+        self._attend_to_rest(q, kv, attention, with_keys=rings.correction)
+        complete_kernel[(self._groups * layout.group_size,)](out, out.stride(0), out.stride(1), **bound.complete)
+
+    def _attend_to_rest(self, q: torch.Tensor, kv: PagedKV, attention: _Attention, *, with_keys: bool) -> None:
+        """Amended and missed ranges in one call; with keys as values in a second one, their weighted mean."""
+        rest, k, v = attention.rest, kv.k_cache, kv.v_cache
+        if rest.plan_buffers is not None:
+            replan(
+                rest.plan_buffers,
+                self._info,
+                batch_size=self._planned.table.batch_size,
+                num_kv_heads=self._planned.layout.num_kv_heads,
+                programs=rest.programs,
+                pdl=self._pdl,
+            )
+        attend = functools.partial(rest.run, q, ranges=self._rest_ranges, scores=self._scores, k_scale=kv.k_scale)
+        attend((k, v), out=attention.rest_out, lse2=self._rest_lse, v_scale=kv.v_scale)
+        if with_keys:
+            attend((k, k), out=attention.rest_key, lse2=self._spare_lse, v_scale=kv.k_scale)
+
+    def _attention(self, q_dtype: torch.dtype, kv: PagedKV) -> _Attention:
+        key = (q_dtype, kv.k_cache.dtype, kv.kv_layout)
+        if key not in self._attentions:
+            self._attentions[key] = self._plan_attention(q_dtype, kv)
+        return self._attentions[key]
+
+    def _plan_attention(self, q_dtype: torch.dtype, kv: PagedKV) -> _Attention:
+        check_cache(kv)
+        planned, config = self._planned, self._planned.config
+        batch, layout = planned.table.batch_size, planned.layout
+        plan: Any = functools.partial(RangeAttention, batch, layout, q_dtype=q_dtype, kv_dtype=kv.k_cache.dtype)
+        always = plan(
+            indices=self._entries, max_kv_len=config.sinks + config.band, page_size=1, kv_layout="NHD", split=False
+        )
+        rest = plan(
+            indices=self._table_entries,
+            max_kv_len=planned.max_kv_len,
+            page_size=planned.table.page_size,
+            kv_layout=kv.kv_layout,
+        )
+        shape = (batch, layout.num_qo_heads, layout.head_dim)
+        outs = (torch.zeros(shape, dtype=q_dtype, device=self._entries.device) for _ in range(3))
+        return _Attention(always, rest, *outs)
+
+    def _bind_launches(
+        self, q: torch.Tensor, kv: PagedKV, rings: RingPool, layer: int, attention: _Attention
+    ) -> _Launches:
+        check_cache(kv)
+        layout, config, launch = self._planned.layout, self._planned.config, self.launch
+        values = {
+            **self._workspace,
+            **kv_arguments(kv, q.dtype),
+            **ring_arguments(rings, layer),
+            **self._rule(layer),
+            "PDL": self._pdl,
+            "always_out_ptr": attention.always_out,
+            "always_lse_ptr": self._always_lse,
+            "parts_ptr": self._one_part_each,
+            "part_out_ptr": attention.rest_out,
+            "part_key_ptr": attention.rest_key,
+            "part_lse_ptr": self._rest_lse,
+            "entry_ptr": self._entries,
+            "always_bounds_ptr": self._always_ranges.bounds,
+            "rest_begin_ptr": attention.rest.begin,
+            "page_units": page_units(kv),
+            "BLOCK_E": triton.next_power_of_2(config.sinks + config.band),
+            "BLOCK_H": triton.next_power_of_2(layout.num_kv_heads),
+            "BLOCK_R": min(_SCAN_ROWS, triton.next_power_of_2(config.window)),
+            "SCAN_SPLITS": -(-config.window // _SCAN_ROWS),
+            "BLOCK_P": 1,
+        }
+
+        def bind(kernel: Any, warps: int) -> Arguments:
+            pdl = {"launch_pdl": True} if self._pdl else {}
+            return {**taken_by(kernel, values), **pdl, "num_warps": warps}
+
+        return _Launches(
+            rings,
+            scan=bind(scan_kernel, launch.scout_warps),
+            decide=bind(decide_kernel, launch.decide_warps),
+            complete=bind(complete_kernel, 1),
+        )
+
+
+def flat_entries(table: Table) -> torch.Tensor:
+    """All entries of a table in one dimension, without a copy.
+
+    Raises
+    ------
+    InputError
+        If they are not int32, which FlashInfer needs, or too many to be counted in it.
+    """
+    _, pages, _ = table.pointers
+    if isinstance(table, RowTable):
+        rows, columns = pages.shape
+        pages = pages.as_strided(((rows - 1) * table.row_stride + columns,), (1,))
+    if pages.dtype != torch.int32 or pages.numel() >= 2**31:
+        raise InputError(
+            f"FlashInfer reads page tables of less than 2^31 int32 entries, got {pages.numel()} {pages.dtype}; "
+            "convert the table with .int()"
+        )
+    return pages
+
+
+def token_stride(kv: PagedKV) -> int:
+    """Elements from one token of a page to the next."""
+    if kv.table.page_size == 1:
+        return kv.k_cache.stride(0)  # that of a dim of one element may be anything
+    return kv.k_cache.stride(1 if kv.kv_layout == "NHD" else 2)
+
+
+def page_units(kv: PagedKV) -> int:
+    """Token strides from one page to the next."""
+    return kv.k_cache.stride(0) // token_stride(kv)
+
+
+def token_view(kv: PagedKV, cache: torch.Tensor) -> torch.Tensor:
+    """The cache as pages of one token in the layout NHD, whatever its own is; entries overlap, and are only read.
+
+    Entry ``page * page_units + slot`` is a token; with several heads between two tokens of a page, or none, other
+    entries name nothing.
+    """
+    stride, heads = token_stride(kv), kv.layout.num_kv_heads
+    count = (cache.shape[0] - 1) * page_units(kv) + kv.table.page_size
+    head_stride = cache.stride(2 if kv.kv_layout == "NHD" else 1)
+    return cache.as_strided((count, 1, heads, kv.layout.head_dim), (stride, stride, head_stride, 1))
+
+
+def check_cache(kv: PagedKV) -> None:
+    """Check that FlashInfer can address a cache.
+
+    Raises
+    ------
+    InputError
+        If keys and values lie differently in memory, or pages are no whole number of tokens apart.
+    """
+    k, v = kv.k_cache, kv.v_cache
+    if k.stride() != v.stride():
+        raise InputError(
+            f"FlashInfer needs k_cache and v_cache of equal strides, got {k.stride()} and {v.stride()}; "
+            "allocate both alike or use backend='triton'"
+        )
+    if k.stride(0) % token_stride(kv) or k.shape[0] * page_units(kv) >= 2**31:
+        raise InputError(
+            f"pages lie {k.stride(0)} elements apart, tokens {token_stride(kv)}: the first must be a multiple of the "
+            "second and their ratio times the number of pages below 2^31; use backend='triton'"
+        )

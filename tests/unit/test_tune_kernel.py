@@ -1,0 +1,107 @@
+"""``tune kernel`` from the first trial to the file, with a GPU whose latency a formula gives."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("optuna")
+
+from typer.testing import CliRunner
+
+from mac_autotune import tune_kernel
+from mac_autotune.cli import _command, tune_command
+from mac_autotune.errors import ExportRefused
+from mac_autotune.kernel import Problem
+from mac_kernels import MacConfig, tuned
+from mac_kernels.launch import LaunchParams, default_launch
+from mac_kernels.testing.timing import Timing
+
+ARGUMENTS = ("kernel", "--hq", "32", "--hkv", "8", "--head-dim", "128", "--batches", "1,16", "--contexts", "4096,32768")
+
+
+class FakeBench:
+    """The best is reached with four splits; nothing else matters."""
+
+    gain = 0.1
+
+    def __init__(self, problem: Problem, *, seed: int, store: Any) -> None:
+        del seed, store
+        self.default = default_launch(problem.batch * problem.layout.num_kv_heads, MacConfig(), 132)
+
+    def time(self, launches: Mapping[str, LaunchParams], hit: float, *, repeats: int) -> dict[str, Timing]:
+        def of(launch: LaunchParams) -> Timing:
+            us = (100 - 50 * hit) * (1 if launch == self.default else 1 - self.gain / (1 + abs(launch.splits - 4)))
+            return Timing(us, us, us, repeats)
+
+        return {name: of(launch) for name, launch in launches.items()}
+
+
+@pytest.fixture(autouse=True)
+def fake_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Problem]:
+    compiled: list[Problem] = []
+    monkeypatch.setenv("MAC_KERNELS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(tune_kernel, "gpu_name", lambda: "Fake GPU")
+    monkeypatch.setattr(tune_kernel, "Bench", FakeBench)
+    monkeypatch.setattr(tune_kernel, "make_store", lambda problem, seed: None)
+    monkeypatch.setattr(tune_kernel, "compile_ahead", lambda problem, launches: compiled.append(problem) or 3)
+    return compiled
+
+
+def run(*more: Any) -> Any:
+    return CliRunner().invoke(tune_command, [*ARGUMENTS, *map(str, more)])
+
+
+def test_a_file_for_all_buckets_is_written_and_found(tmp_path: Path, fake_gpu: list[Problem]) -> None:
+    first = run("--trials", 6, "--no-export")
+    assert first.exit_code == 0, first.output
+    second = run("--trials", 12, "--output", tmp_path / "out", "--json")
+    assert second.exit_code == 0, second.output
+    assert [problem.batch for problem in fake_gpu] == [1, 16] * 2, "once per batch size"
+    (path,) = (tmp_path / "out").iterdir()
+    file = tuned.load(path)
+    assert path.name == "kernel,device_name=Fake_GPU,hq=32,hkv=8,d=128,dtype=bfloat16,page_size=1.json"
+    assert isinstance(file, tuned.KernelFile)
+    assert json.loads(second.stdout)["provenance"]["study"] == "kernel/Fake GPU/hq32-hkv8-d128-bfloat16-p1"
+    assert [(b.batch, b.context) for b in file.buckets] == [(1, 4096), (1, 32768), (16, 4096), (16, 32768)]
+    for bucket in file.buckets:
+        assert bucket.launch is not None and bucket.launch.splits == 4 and bucket.ratio.value == pytest.approx(0.9)
+        assert set(bucket.latency) == {"1", "0.9", "0.5", "0"}
+    tuned.forget()
+    choice = tuned.launch_for(file.key, batch=12, context=20_000, environ={"MAC_KERNELS_CONFIG": str(tmp_path / "out")})
+    assert choice.launch == file.buckets[3].launch and choice.source == "environment"
+
+
+def test_no_gain_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FakeBench, "gain", 0.0)
+    refused = run("--trials", 3, "--output", tmp_path / "out")
+    assert isinstance(refused.exception, ExportRefused) and not (tmp_path / "out").exists()
+
+
+def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    done = run("--trials", 3)
+    assert "there is none here" in str(done.exception)
+
+
+def test_the_command_in_a_file_has_no_folder_of_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "m.gguf").touch()
+    given = [
+        "policy",
+        "--model",
+        str(tmp_path / "m.gguf"),
+        "--output",
+        str(tmp_path),
+        f"--storage={tmp_path}/j",
+        "--top",
+        "3",
+    ]
+    monkeypatch.setattr("sys.argv", ["/usr/bin/mac-kernels", "tune", *given, "--json"])
+    assert _command() == "mac-kernels tune policy --model m.gguf --top 3"
