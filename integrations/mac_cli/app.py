@@ -8,9 +8,12 @@ import warnings
 import typer
 from rich.markup import escape
 
+from mac_autotune.cli import tune_command
+from mac_autotune.errors import ExportRefused
 from mac_autotune.quality.cli import eval_command
 from mac_kernels.errors import MacError, MissingError, UnsupportedError
 
+from .ab import ab
 from .config import config_app
 from .demo import demo
 from .doctor import doctor
@@ -31,8 +34,15 @@ app = typer.Typer(
 app.command("demo")(demo)
 app.command("doctor")(doctor)
 app.command("support")(support)
+app.command("ab")(ab)
 app.add_typer(config_app, name="config")
 app.add_typer(eval_command, name="eval")
+app.add_typer(tune_command, name="tune")
+
+
+def autotune() -> None:
+    """``mac-autotune``: ``mac-kernels tune`` under its own name."""
+    main(["tune", *sys.argv[1:]])
 
 
 def main(args: list[str] | None = None) -> None:
@@ -42,6 +52,8 @@ def main(args: list[str] | None = None) -> None:
         app(args, prog_name="mac-kernels")
     except (MissingError, UnsupportedError) as error:
         _fail(error, ExitCode.MISSING)
+    except ExportRefused as error:
+        _fail(error, ExitCode.CHECK_FAILED)
     except MacError as error:
         _fail(error, ExitCode.INPUT)
 

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from mac_kernels.errors import ConfigError
 from mac_kernels.settings import ResolvedConfig, resolve_config
+from mac_kernels.tuned import KernelFile, inventory
 
 from .output import JsonOption, out, print_json
 
@@ -25,6 +26,11 @@ SetOption = Annotated[
 ]
 
 
+ModelOption = Annotated[
+    str | None, typer.Option("--model", help="Also look up the tuned policy of a model: folder, .gguf file or hub id.")
+]
+
+
 @config_app.callback()
 def _config() -> None:
     # one command alone would be folded into its parent
@@ -33,20 +39,47 @@ def _config() -> None:
 
 @config_app.command("show", epilog="Example: mac-kernels config show --preset fast --set window=1024")
 def show(
-    preset: PresetOption = None, config: ConfigOption = None, changes: SetOption = None, as_json: JsonOption = False
+    preset: PresetOption = None,
+    config: ConfigOption = None,
+    changes: SetOption = None,
+    model: ModelOption = None,
+    as_json: JsonOption = False,
 ) -> None:
-    """Show every value of the effective config and where it comes from."""
-    resolved = resolve_config(preset, file=config, changes=parse_changes(changes or []))
+    """Show every value of the effective config and where it comes from, and the tuned files."""
+    key = None
+    if model is not None:
+        from mac_transformers.model_key import read_model_key
+
+        key = read_model_key(model)
+    resolved = resolve_config(preset, file=config, changes=parse_changes(changes or []), model=key)
     if as_json:
         print_json(_document(resolved))
         return
     table = Table("field", "value", "source", "where")
     for name, value in _values(resolved).items():
         source = resolved.sources[name]
-        table.add_row(name, json.dumps(value), source.kind, source.where)
+        table.add_row(name, _brief(value), source.kind, source.where)
     out().print(table)
     files = ", ".join(map(str, resolved.files)) or "none"
     out().print(f"config files read: {files}", soft_wrap=True, highlight=False)
+    for line in (*resolved.why, *_tuned_lines()):
+        out().print(line, soft_wrap=True, highlight=False)
+
+
+def _tuned_lines() -> list[str]:
+    """One line per tuned file, strongest place first, and which are hidden."""
+    lines = []
+    for found, hidden_by in inventory():
+        file = found.file
+        what = "launch parameters" if isinstance(file, KernelFile) else f"policy of {file.key.short_name}"
+        state = f"hidden by {hidden_by}" if hidden_by else "in use where it applies"
+        lines.append(f"tuned {what}: {found.path} ({found.kind}): {state}")
+    return lines or ["tuned files: none; `mac-kernels tune kernel` and `tune policy` write them"]
+
+
+def _brief(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"table of {len(value)} layers x {len(value[0])} heads"
 
 
 def parse_changes(changes: list[str]) -> dict[str, Any]:
@@ -90,4 +123,9 @@ def _document(resolved: ResolvedConfig) -> dict[str, Any]:
             for name, value in _values(resolved).items()
         },
         "files": [str(path) for path in resolved.files],
+        "why": list(resolved.why),
+        "tuned": [
+            {"path": str(found.path), "place": found.kind, "hidden_by": str(hidden_by) if hidden_by else None}
+            for found, hidden_by in inventory()
+        ],
     }

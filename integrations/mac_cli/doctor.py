@@ -7,8 +7,10 @@ import sys
 import warnings
 from dataclasses import asdict, dataclass
 from importlib import metadata
+from typing import Annotated
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from mac_kernels.errors import ConfigError
@@ -44,6 +46,15 @@ class BackendReport:
 
 
 @dataclass(frozen=True, slots=True)
+class StepReport:
+    """Whether one step of the SGLang plugin takes effect; ``problem`` says why not."""
+
+    step: str
+    works: bool
+    problem: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Diagnosis:
     """Everything that ``doctor`` found."""
 
@@ -54,24 +65,32 @@ class Diagnosis:
     backends: list[BackendReport]
     config_files: list[str]
     problems: list[str]
+    sglang: list[StepReport]
 
 
-def doctor(as_json: JsonOption = False) -> None:
+SGLangOption = Annotated[bool, typer.Option("--sglang", help="Go through the steps of the SGLang plugin, too.")]
+
+
+def doctor(sglang: SGLangOption = False, as_json: JsonOption = False) -> None:
     """Show what is installed and which backends work here, and why the others do not.
 
-    Example: mac-kernels doctor
+    Example: mac-kernels doctor --sglang
     """
-    diagnosis = diagnose()
+    diagnosis = diagnose(sglang=sglang)
     if as_json:
         print_json(asdict(diagnosis))
     else:
         _print(diagnosis)
-    if diagnosis.problems or not any(report.works for report in diagnosis.backends):
+    broken = not all(report.works for report in diagnosis.sglang)
+    if diagnosis.problems or broken or not any(report.works for report in diagnosis.backends):
         raise typer.Exit(ExitCode.CHECK_FAILED)
 
 
-def diagnose() -> Diagnosis:
-    """Look at this machine; runs one tiny decode step on every backend and device."""
+def diagnose(*, sglang: bool = False) -> Diagnosis:
+    """Look at this machine; runs one tiny decode step on every backend and device.
+
+    ``sglang`` also imports SGLang and goes through the steps of its plugin.
+    """
     from .probe import probe_backends, visible_devices
 
     files, problems = _config_files()
@@ -84,7 +103,14 @@ def diagnose() -> Diagnosis:
         backends=probe_backends(list(devices)),
         config_files=files,
         problems=problems,
+        sglang=_sglang_steps() if sglang else [],
     )
+
+
+def _sglang_steps() -> list[StepReport]:
+    from mac_sglang.doctor import examine
+
+    return [StepReport(step.name, step.done, step.problem) for step in examine()]
 
 
 def _version(distribution: str) -> str | None:
@@ -117,8 +143,13 @@ def _print(diagnosis: Diagnosis) -> None:
     backends = Table("backend", "device", "works", "why", title="Backends", title_justify="left")
     for report in diagnosis.backends:
         why = report.problem or f"one exact step is off plain attention by {report.max_abs_error:.1e}"
-        backends.add_row(report.backend, report.device, "yes" if report.works else "no", why)
+        backends.add_row(report.backend, report.device, "yes" if report.works else "no", escape(why))
     console.print(backends)
+    if diagnosis.sglang:
+        steps = Table("step", "works", "why", title="SGLang plugin", title_justify="left")
+        for step in diagnosis.sglang:
+            steps.add_row(step.step, "yes" if step.works else "no", escape(step.problem))
+        console.print(steps)
     for device, description in diagnosis.devices.items():
         console.print(f"{device}: {description}", soft_wrap=True, highlight=False)
     files = ", ".join(diagnosis.config_files) or "none"

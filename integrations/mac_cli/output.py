@@ -32,7 +32,7 @@ _MEANINGS = {
     ExitCode.BUG: "unexpected error; the traceback is printed",
     ExitCode.INPUT: "wrong option, file or value; nothing was written",
     ExitCode.MISSING: "something is missing here: an extra, model weights, a backend that can run this",
-    ExitCode.CHECK_FAILED: "the check ran and its answer is no (`doctor`, `eval`)",
+    ExitCode.CHECK_FAILED: "the check ran and its answer is no (`doctor`, `eval`, `tune`)",
     ExitCode.INTERRUPTED: "interrupted with Ctrl-C",
 }
 

@@ -2,33 +2,118 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.nn import functional
 
-from mac_kernels import HeadLayout, MacConfig, PagedKV, PageTable, RingPool, Rope, StepTrace, fill_rings
-from mac_kernels.attend.reference import masked_attention
+from mac_kernels import (
+    BatchMacDecodeWithPagedKVCacheWrapper,
+    HeadLayout,
+    MacConfig,
+    PagedKV,
+    PageTable,
+    RingPool,
+    Rope,
+    StepTrace,
+    fill_rings,
+)
 from mac_kernels.step import reference_step
+from mac_kernels.support import resolve_backend
 
 from .intercept import AttentionHandler
 from .policies import Mac, Policy, Window, config_rows
 from .rope import ModelRope
 
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """One layer's step of the rows of one call, for those who look on.
+
+    ``policies`` by row; ``q`` and ``out`` [rows, Hq, D]; ``k``, ``v`` [rows, Hkv, L, D]; ring ``i`` of ``rings`` is
+    that of the i-th row.
+    """
+
+    step: int
+    layer: int
+    position: int
+    policies: tuple[str, ...]
+    q: torch.Tensor
+    out: torch.Tensor
+    trace: StepTrace
+    rings: RingPool
+    k: torch.Tensor
+    v: torch.Tensor
+    sm_scale: float
+
+
+Observer = Callable[[Seen], None]
 FULL = "full"
 RECORDS = ("group_hit", "head_hit", "kv_read", "error")
 
 
 @dataclass(frozen=True, slots=True)
 class _Block:
-    """Consecutive rows whose MAC policies share one call of the decode step; ring ``i`` belongs to the i-th row."""
+    """Consecutive rows whose MAC policies share one call of the decode step; ring ``i`` belongs to the i-th row.
+
+    ``names``: the policy of every row.
+
+    ``kernels``: by layer, the wrappers that serve them where the GPU's kernels run the policy (filled as layers are
+    met); ``None``: the reference does.
+    """
 
     rows: slice
+    names: tuple[str, ...]
     policy: Mac
     config: MacConfig
     rings: RingPool
+    table: PageTable
+    slots: torch.Tensor
+    kernels: dict[int, BatchMacDecodeWithPagedKVCacheWrapper] | None
+
+    def step(
+        self, q: torch.Tensor, kv: PagedKV, *, layer: int, rope: Rope, sm_scale: float
+    ) -> tuple[torch.Tensor, StepTrace]:
+        """One layer's step of all rows: outputs [rows, Hq, D] and what was decided."""
+        generations = torch.zeros_like(self.slots)
+        if self.kernels is None:
+            return reference_step(
+                q,
+                kv,
+                self.rings,
+                layer=layer,
+                slots=self.slots,
+                generations=generations,
+                config=self.config,
+                rope=rope,
+                sm_scale=sm_scale,
+                find=self.policy.find,
+            )
+        if layer not in self.kernels:
+            self.kernels[layer] = wrapper = BatchMacDecodeWithPagedKVCacheWrapper("HND")
+            table = self.table
+            wrapper.plan(
+                table.indptr,
+                table.indices,
+                table.last_page_len,
+                layout=kv.layout,
+                page_size=table.page_size,
+                rope=rope,
+                config=self.policy.config,
+                sm_scale=sm_scale,
+                max_kv_len=table.page_size,
+                kv_data_type=kv.k_cache.dtype,
+            )
+        return self.kernels[layer].run_return_trace(
+            q,
+            (kv.k_cache, kv.v_cache),
+            rings=self.rings,
+            layer=layer,
+            slots=self.slots,
+            generations=generations,
+        )
 
 
 class DecodeBatch:
@@ -49,12 +134,14 @@ class DecodeBatch:
         steps: int,
         dtype: torch.dtype,
         device: torch.device,
+        observe: Observer | None = None,
     ) -> None:
+        self.observe = observe
         self.layout, self.texts, self.prompt_length, self.device = layout, texts, prompt_length, device
         self.capacity = prompt_length + steps
         self.names = (FULL, *policies)
         windows = {name: policy for name, policy in policies.items() if isinstance(policy, Window)}
-        calls = _calls(policies)
+        calls = _calls(policies, merge=device.type == "cpu")
         places = [FULL, *windows, *(name for call in calls for name in call)]
         self.order = [places.index(name) for name in self.names]
         self.num_policies, self.num_dense = len(places), 1 + len(windows)
@@ -74,6 +161,8 @@ class DecodeBatch:
 
     def decode(self, step: int) -> AttentionHandler:
         """Handler of the forward pass over one token of every row."""
+        for block in self.blocks:
+            block.table.last_page_len.fill_(self.prompt_length + step + 1)
         if self._shares:
             self._share = self._share_sum / self._shares
             self._share_sum, self._shares = torch.zeros_like(self._share), 0
@@ -150,15 +239,23 @@ class DecodeBatch:
         for row in range(count):
             rings.acquire(row)
         configs = [policy.config for policy in policies for _ in range(self.texts)]
-        return _Block(slice(first, first + count), one, config_rows(configs, self.device), rings)
+        kernels: dict[int, BatchMacDecodeWithPagedKVCacheWrapper] | None = None
+        if one.is_plain and resolve_backend("auto", one.config, self.layout, self.device)[0] != "reference":
+            kernels = {}
+        table = self.table(count, self.prompt_length)
+        slots = torch.arange(count, device=self.device)
+        rows = slice(first, first + count)
+        names = tuple(name for name in call for _ in range(self.texts))
+        return _Block(rows, names, one, config_rows(configs, self.device), rings, table, slots, kernels)
 
 
-def _calls(policies: Mapping[str, Policy]) -> list[dict[str, Mac]]:
-    """Gather the MAC policies that can share a call of the decode step."""
+def _calls(policies: Mapping[str, Policy], *, merge: bool) -> list[dict[str, Mac]]:
+    """Gather the MAC policies that can share a call of the decode step; kernels take one config a call."""
     calls: list[dict[str, Mac]] = []
     for name, policy in policies.items():
         if isinstance(policy, Mac):
-            home = next((call for call in calls if policy.shares_step_with(next(iter(call.values())))), None)
+            shared = calls if merge or not policy.is_plain else []
+            home = next((call for call in shared if policy.shares_step_with(next(iter(call.values())))), None)
             if home is None:
                 calls.append({name: policy})
             else:
@@ -191,7 +288,8 @@ class _Prefill:
                 rope=batch.rope(module),
                 config=block.policy.config,
                 sm_scale=sm_scale,
-                backend="reference",  # the specification is measured, also where its rows are rounded on purpose
+                max_kv_len=length,
+                backend="reference" if block.kernels is None else "auto",
             )
             for values in block.rings.fields.values():
                 values[layer, text :: batch.texts] = values[layer, text].clone()
@@ -204,9 +302,6 @@ class _Decode:
     def __init__(self, batch: DecodeBatch, step: int) -> None:
         self._batch, self._step = batch, step
         self._position = batch.prompt_length + step
-        counts = [block.rows.stop - block.rows.start for block in batch.blocks]
-        self._tables = [batch.table(count, self._position + 1) for count in counts]
-        self._slots = [torch.arange(count, device=batch.device) for count in counts]
 
     def attend(
         self, module: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sm_scale: float
@@ -214,25 +309,33 @@ class _Decode:
         batch, layer, length = self._batch, int(module.layer_idx), self._position + 1  # type: ignore[arg-type]
         for cache, new in zip(batch.kv[layer], (k, v), strict=True):
             cache[:, :, self._position] = new[:, :, 0]
-        q = q[:, :, 0]
+        q = q[:, :, 0].contiguous()
         out = torch.empty(q.shape, device=q.device)
         share = torch.ones(len(q), device=q.device)
         traces = []
-        for block, table, slots in zip(batch.blocks, self._tables, self._slots, strict=True):
-            out[block.rows], trace = reference_step(
-                q[block.rows],
-                batch.paged(layer, block.rows, table),
-                block.rings,
-                layer=layer,
-                slots=slots,
-                generations=0 * slots,
-                config=block.config,
-                rope=batch.rope(module),
-                sm_scale=sm_scale,
-                find=block.policy.find,
+        for block in batch.blocks:
+            kv = batch.paged(layer, block.rows, block.table)
+            out[block.rows], trace = block.step(
+                q[block.rows], kv, layer=layer, rope=batch.rope(module), sm_scale=sm_scale
             )
             share[block.rows] = (trace.kv_read / length).mean(1)
             traces.append(trace)
+            if batch.observe is not None:
+                k, v = (cache[:, :, :length] for cache in (kv.k_cache, kv.v_cache))
+                seen = Seen(
+                    self._step,
+                    layer,
+                    self._position,
+                    block.names,
+                    q[block.rows],
+                    out[block.rows],
+                    trace,
+                    block.rings,
+                    k,
+                    v,
+                    sm_scale,
+                )
+                batch.observe(seen)
         dense = slice(0, batch.num_dense * batch.texts)
         out[dense], share[dense] = self._dense(q[dense], layer, length, sm_scale)
         batch.add_share(share)
@@ -244,6 +347,8 @@ class _Decode:
         sinks, newest = self._batch.window_sizes(length)
         token = torch.arange(length, device=q.device)
         keep = (token < sinks[:, None]) | (token >= length - newest[:, None])
-        k, v = (cache[: len(q), :, :length].transpose(1, 2) for cache in self._batch.kv[layer])
-        state = masked_attention(q, k, v, keep[:, None].expand(-1, q.shape[1], -1), sm_scale=sm_scale)
-        return state.out, keep.float().mean(1)
+        k, v = (cache[: len(q), :, :length] for cache in self._batch.kv[layer])
+        out = functional.scaled_dot_product_attention(
+            q[:, :, None], k, v, attn_mask=keep[:, None, None], scale=sm_scale, enable_gqa=True
+        )
+        return out[:, :, 0], keep.float().mean(1)

@@ -19,11 +19,13 @@ from mac_kernels import (
     RingPool,
     Rope,
     StepTrace,
+    resolve_config,
 )
 
 from .fallback import Fallback, note_fallback
 from .info import LayerInfo, inspect_layer
 from .layer import MacLayer
+from .model_key import model_key
 from .plan import DecodePlan
 from .rings import cut_rings, fill_rows, pick_rings, rings_for_batch
 from .step import SeenPass, Step, read_step
@@ -47,8 +49,9 @@ class MacCache(DynamicCache):
     ----------
     model_config : PreTrainedConfig
         ``model.config``.
-    config : MacConfig or str, default "careful"
-        What is reused, and when; a string names a preset.
+    config : MacConfig or str, optional
+        What is reused, and when; a string names a preset. Default: what :func:`mac_kernels.resolve_config` finds for
+        this model: the user's files, a tuned policy, or the preset ``careful``.
     ring_dtype : torch.dtype, optional
         Of the stored rows; default fp32 for an fp32 model, otherwise bf16.
     record : bool, default False
@@ -57,7 +60,7 @@ class MacCache(DynamicCache):
     Raises
     ------
     ConfigError
-        If the preset is unknown.
+        If the preset is unknown, or a config file is wrong.
 
     Notes
     -----
@@ -82,13 +85,15 @@ class MacCache(DynamicCache):
     def __init__(
         self,
         model_config: PreTrainedConfig,
-        config: MacConfig | str = "careful",
+        config: MacConfig | str | None = None,
         *,
         ring_dtype: torch.dtype | None = None,
         record: bool = False,
     ) -> None:
         super().__init__(config=model_config)
         self.layers = [MacLayer() if type(layer) is DynamicLayer else layer for layer in self.layers]
+        if config is None:
+            config = resolve_config(model=model_key(model_config)).config
         self.mac_config = MacConfig.preset(config) if isinstance(config, str) else config
         self.ring_dtype, self.record = ring_dtype, record
         self._text_config = model_config.get_text_config(decoder=True)

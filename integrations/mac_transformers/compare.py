@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -13,7 +14,7 @@ from transformers import PreTrainedModel
 
 from mac_kernels import InputError
 
-from .batch import FULL, DecodeBatch
+from .batch import FULL, DecodeBatch, Observer
 from .intercept import AttentionHandler, intercepted, layout_of, num_layers_of
 from .policies import Mac, Policy, Window
 
@@ -46,6 +47,11 @@ class Comparison:
         """Place of a policy along the ``R`` axis."""
         return self.policies.index(policy)
 
+    def steps(self, low: int, high: int) -> Comparison:
+        """The same comparison over the decode steps ``[low, high)``."""
+        per_step = ("kl", "top1", "nll", "group_hit", "head_hit", "kv_read", "error")
+        return dataclasses.replace(self, **{name: getattr(self, name)[low:high] for name in per_step})
+
 
 @torch.inference_mode()
 def compare(
@@ -56,6 +62,7 @@ def compare(
     *,
     progress: Progress | None = None,
     seconds: float | None = None,
+    observe: Observer | None = None,
 ) -> Comparison:
     """Decode the same tokens under full attention and under every policy, side by side.
 
@@ -78,6 +85,8 @@ def compare(
         Called as ``progress(done, total)``; the total counts prompts and steps.
     seconds : float, optional
         Stop decoding when this much time has passed; the result then holds fewer steps (at least one).
+    observe : callable, optional
+        Called with a :class:`mac_transformers.batch.Seen` after every layer of every call of the decode step.
 
     Returns
     -------
@@ -92,7 +101,8 @@ def compare(
 
     Notes
     -----
-    Policies whose configs differ only in threshold, influence and age limit share one call of the decode step.
+    On the CPU, policies whose configs differ only in threshold, influence and age limit share one call of the decode
+    step. On a GPU, the kernels run every policy that they support, in the model's dtype.
     """
     _check(prompts, continuation, policies)
     begin = time.monotonic()
@@ -108,6 +118,7 @@ def compare(
         steps=steps,
         dtype=model.dtype,
         device=device,
+        observe=observe,
     )
     total = texts + steps
     with intercepted(model):

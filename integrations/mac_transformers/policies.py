@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import cast
 
 import torch
 
@@ -28,6 +28,11 @@ class Mac:
     sketch_dim: int | None = None
     find: FindMatch = find_match
     pool: type[RingPool] = RingPool
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether nothing but the config tells it from the method, so that any backend may run it."""
+        return self.find is find_match and self.pool is RingPool
 
     def shares_step_with(self, other: Mac) -> bool:
         """Whether one call of the decode step can serve the rows of both."""
@@ -83,21 +88,6 @@ def _per_row(cap: float | torch.Tensor) -> float | torch.Tensor:
     return cap[..., None] if isinstance(cap, torch.Tensor) else cap
 
 
-@dataclass(frozen=True, slots=True)
-class _ConfigRows:
-    window: int
-    band: int
-    sinks: int
-    correction: bool
-    min_context: int
-    match_scope: str
-    nominees: int | None
-    recompute_loaded_groups: bool
-    threshold: torch.Tensor
-    influence: torch.Tensor
-    max_age: torch.Tensor
-
-
 def config_rows(configs: Sequence[MacConfig], device: torch.device) -> MacConfig:
     """Fold configs that differ only in threshold, influence and age limit into one whose three limits are [B, 1].
 
@@ -109,12 +99,12 @@ def config_rows(configs: Sequence[MacConfig], device: torch.device) -> MacConfig
     def column(values: list[float]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.float32, device=device)[:, None]
 
-    first = configs[0]
-    shared = {name: getattr(first, name) for name in _ConfigRows.__slots__[:8]}
-    rows = _ConfigRows(
-        **shared,
-        threshold=column([c.threshold for c in configs]),
-        influence=column([math.inf if c.influence is None else c.influence for c in configs]),
-        max_age=column([math.inf if c.max_age is None else c.max_age for c in configs]),
-    )
-    return cast(MacConfig, rows)
+    rows = copy.copy(configs[0])
+    limits = {
+        "threshold": column([c.threshold for c in configs]),
+        "influence": column([math.inf if c.influence is None else c.influence for c in configs]),
+        "max_age": column([math.inf if c.max_age is None else c.max_age for c in configs]),
+    }
+    for name, values in limits.items():
+        object.__setattr__(rows, name, values)  # frozen, and its fields are scalars for everybody else
+    return rows

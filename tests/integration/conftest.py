@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+import torchvision_ops  # noqa: F401
 
 pytest.importorskip("transformers")
 

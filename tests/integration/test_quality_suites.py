@@ -134,3 +134,42 @@ def test_plot_draws_the_frontier(folder: Path, tmp_path: Path) -> None:
     )  # fmt: skip
     run("plot", path)
     assert (tmp_path / "tiny.png").stat().st_size > 10_000
+
+
+def test_freerun_tells_where_a_rule_leaves_full_attention(folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "tiny.csv"
+    exact, blind = "exact,context=100,W=64,S=16,F=2", "window:1"
+    run(
+        "freerun", "--model", folder, "--configs", f"{exact} {blind}", "--prompt-tokens", "200", "--tokens", "40",
+        "--passages", "2", "--output", path,
+    )  # fmt: skip
+    found = {(row.config, row.metric): row for row in table.read(path)}
+    assert found["full", "agreement"].value == found[exact, "agreement"].value == 41
+    assert found[blind, "agreement"].value < 41
+    assert found["full", "repetition"].value == found[exact, "repetition"].value
+    assert all(row.n == 2 for row in found.values())
+
+
+def test_drift_bins_errors_by_age_and_hops(folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "tiny.csv"
+    rules = "tau=-9,context=100,W=64,S=16,F=2,age=none tau=-9,context=100,W=64,S=16,F=2,age=20"
+    run(
+        "drift", "--model", folder, "--configs", rules, "--prompt-tokens", "200", "--tokens", "150", "--output", path,
+    )  # fmt: skip
+    free, young = ({row.task: row for row in table.read(path) if row.config == rule} for rule in rules.split())
+    assert {"steps 0-150", "age 64-127", "hops 2-3"} <= set(free)
+    assert set(young).isdisjoint({"age 64-127", "age 128-255"})
+    assert sum(row.n for task, row in free.items() if task.startswith("age")) == sum(
+        row.n for task, row in free.items() if task.startswith("hops")
+    )
+    assert all(0 < row.value < 10 for task, row in free.items() if row.metric == "rel_l2")
+
+
+def test_calibrate_writes_a_config_that_rules_take(folder: Path, tmp_path: Path) -> None:
+    scale, path = tmp_path / "scale.json", tmp_path / "tiny.csv"
+    run("calibrate", scale, "--model", folder, "--texts", "docs", "--prompt-tokens", "1400")
+    run(
+        "kl", "--model", folder, "--configs", "tau=.2,beta=.3,scale=on,context=100,W=64,S=16,F=2", "--scale", scale,
+        "--prompt-tokens", "200", "--tokens", "4", "--texts", "docs", "--output", path,
+    )  # fmt: skip
+    assert {row.config for row in table.read(path)} == {"tau=.2,beta=.3,scale=on,context=100,W=64,S=16,F=2"}

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from mac_kernels import InputError
+from mac_kernels import InputError, MacConfig
+from mac_kernels.config import HeadTable
 
+_CALIBRATION_SEED = 3  # the other commands measure passages 0 and 1
 DEFAULT_RULES = "careful balanced fast paper newest window:careful window:balanced window:fast"
 eval_command = typer.Typer(no_args_is_help=True, help="Measure what reuse costs on a real model.")
 
@@ -18,6 +21,9 @@ ModelOption = Annotated[
 DeviceOption = Annotated[str, typer.Option(help="cpu or cuda.")]
 RulesOption = Annotated[
     str, typer.Option("--configs", help="Rules separated by blanks, e.g. 'careful tau=.6,beta=.15 window:careful'.")
+]
+ScaleOption = Annotated[
+    Path | None, typer.Option("--scale", help="Config file whose influence_scale the rules with scale=on take.")
 ]
 OutputOption = Annotated[
     Path | None, typer.Option(help="Table to add to; default benchmarks/results/quality/<model>.csv.")
@@ -32,6 +38,7 @@ SecondsOption = Annotated[float | None, typer.Option("--seconds", min=1.0, help=
 def kl(
     *,
     configs: RulesOption = DEFAULT_RULES,
+    scale: ScaleOption = None,
     model: ModelOption = None,
     device: DeviceOption = "cpu",
     names: TextsOption = "docs,code,greedy",
@@ -54,7 +61,7 @@ def kl(
     chosen = [name for name in texts.TEXTS if name in names.split(",")]
     if len(chosen) != len(names.split(",")):
         raise InputError(f"--texts {names!r} must be some of {', '.join(texts.TEXTS)}, each once")
-    rules = parse_rules(configs)
+    rules = parse_rules(configs, _scale(scale))
     sheet = Sheet(model, output, as_json)
     spread = tokens // passages * passages
     todo = [
@@ -84,6 +91,7 @@ def kl(
 def needle(
     *,
     configs: RulesOption = "careful balanced fast paper window:careful window:balanced window:fast",
+    scale: ScaleOption = None,
     model: ModelOption = None,
     device: DeviceOption = "cpu",
     tasks: Annotated[str, typer.Option(help="Tasks separated by commas.")] = (
@@ -111,7 +119,7 @@ def needle(
     for given, known in ((tasks, TASKS), (modes, MODES)):
         if unknown := [name for name in given.split(",") if name not in known]:
             raise InputError(f"unknown {unknown[0]!r} in {given!r}; choose from {', '.join(known)}")
-    rules = parse_rules(configs)
+    rules = parse_rules(configs, _scale(scale))
     sheet = Sheet(model, output, as_json)
     with sheet.bench(device) as bench:
         for task in tasks.split(","):
@@ -181,6 +189,104 @@ def sketch(
 
 
 @eval_command.command()
+def freerun(
+    *,
+    configs: RulesOption = "careful balanced fast paper window:careful window:balanced window:fast",
+    scale: ScaleOption = None,
+    model: ModelOption = None,
+    device: DeviceOption = "cpu",
+    prompt_tokens: PromptOption = 3600,
+    tokens: Annotated[int, typer.Option(min=8, help="Tokens written per passage.")] = 512,
+    passages: Annotated[int, typer.Option(min=1, help="Prompts.")] = 4,
+    output: OutputOption = None,
+    as_json: JsonOption = False,
+    seconds: SecondsOption = None,
+) -> None:
+    """Free-running generation: how long it agrees with full attention, and whether it repeats itself.
+
+    Example: mac-kernels eval freerun --configs careful --passages 1 --tokens 64
+    """
+    from .rules import parse_rules
+    from .sheet import Sheet
+    from .suites import freerun_suite
+
+    rules = parse_rules(configs, _scale(scale))
+    sheet = Sheet(model, output, as_json)
+    if not all(sheet.has("freerun", "greedy", "docs", rule, context=prompt_tokens, tokens=tokens) for rule in rules):
+        with sheet.bench(device) as bench:
+            sheet.add(
+                freerun_suite(
+                    bench, rules, prompt_tokens=prompt_tokens, tokens=tokens, passages=passages, seconds=seconds
+                )
+            )
+    sheet.show()
+
+
+@eval_command.command("drift")
+def drift_command(
+    *,
+    configs: RulesOption = "careful balanced fast tau=.45 careful,age=none fast,age=none",
+    scale: ScaleOption = None,
+    model: ModelOption = None,
+    device: DeviceOption = "cpu",
+    prompt_tokens: PromptOption = 3600,
+    tokens: Annotated[int, typer.Option(min=16, help="Tokens decoded.")] = 4000,
+    output: OutputOption = None,
+    as_json: JsonOption = False,
+    seconds: SecondsOption = None,
+) -> None:
+    """One long passage: whether the error of reused states grows with their age, or as they are handed on.
+
+    Example: mac-kernels eval drift --configs careful --tokens 64
+    """
+    from .rules import parse_rules
+    from .sheet import Sheet
+    from .suites import drift_suite
+
+    rules = parse_rules(configs, _scale(scale))
+    sheet = Sheet(model, output, as_json)
+    with sheet.bench(device) as bench:
+        sheet.add(drift_suite(bench, rules, prompt_tokens=prompt_tokens, tokens=tokens, seconds=seconds))
+    sheet.show()
+
+
+@eval_command.command()
+def calibrate(
+    output: Annotated[Path, typer.Argument(help="Config file to write.")],
+    *,
+    model: ModelOption = None,
+    device: DeviceOption = "cpu",
+    names: TextsOption = "docs,code",
+    prompt_tokens: PromptOption = 3072,
+    passages: Annotated[int, typer.Option(min=1, help="Passages per text; none that the other commands measure.")] = 1,
+    preset: Annotated[str, typer.Option(help="Preset that the scale is for, and that the file names.")] = "careful",
+) -> None:
+    """Measure, head by head, what a reused state does to the model, and write it as ``influence_scale``.
+
+    Example: mac-kernels eval calibrate smollm2.json
+    """
+    import torch
+
+    from ..calibrate import calibrate as measure
+    from . import texts
+    from .sheet import Sheet
+
+    known: tuple[texts.PassageName, ...] = ("docs", "code")
+    chosen = [name for name in known if name in names.split(",")]
+    if len(chosen) != len(names.split(",")):
+        raise InputError(f"--texts {names!r} must be some of docs, code, each once")
+    config = MacConfig.preset(preset)
+    with Sheet(model, None, False).bench(device) as bench:
+        found = [
+            texts.passages(bench.tokenizer, name, length=prompt_tokens, count=passages, seed=_CALIBRATION_SEED)
+            for name in chosen
+        ]
+        scale = measure(bench.model, torch.cat(found), config=config, progress=bench.step("calibrate"))
+    output.write_text(dataclasses.replace(config, influence_scale=scale).to_json(), encoding="utf-8")
+    typer.echo(output)
+
+
+@eval_command.command()
 def plot(
     table: Annotated[Path, typer.Argument(help="Table written by `eval kl`.")],
     *,
@@ -196,3 +302,12 @@ def plot(
     path = table.with_suffix(".png") if output is None else output
     plot_frontier(read(table), path)
     typer.echo(path)
+
+
+def _scale(file: Path | None) -> HeadTable | None:
+    if file is None:
+        return None
+    table = MacConfig.load(file).influence_scale
+    if table is None:
+        raise InputError(f"--scale {file} has no influence_scale; write one with `mac-kernels eval calibrate`")
+    return table

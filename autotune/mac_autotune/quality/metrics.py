@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -67,3 +68,9 @@ def reuse(result: Comparison, policy: str, texts: slice | list[int]) -> Reuse:
     index = result.index(policy)
     means = (values[:, :, index, texts].mean().item() for values in (result.group_hit, result.head_hit, result.kv_read))
     return Reuse(*means)
+
+
+def repetition(tokens: Sequence[int], *, length: int = 4) -> float:
+    """Share of the n-grams of ``length`` that occurred before, in [0, 1]; NaN for fewer tokens."""
+    grams = [tuple(tokens[start : start + length]) for start in range(len(tokens) - length + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else float("nan")

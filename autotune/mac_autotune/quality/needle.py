@@ -16,10 +16,12 @@ from mac_kernels import InputError
 
 from .texts import shuffled_docs
 
-Mode = Literal["asked", "decoded"]
-MODES: tuple[Mode, ...] = ("asked", "decoded")
+Mode = Literal["asked", "decoded", "generated"]
+MODES: tuple[Mode, ...] = ("asked", "decoded", "generated")
 """``asked``: the question is part of the prompt, only the answer is decoded. ``decoded``: the prompt ends before the
-question, whose tokens are then decoded under the policy too."""
+question, whose tokens are then decoded under the policy too. ``generated``: before the question the policy also writes
+``GENERATED`` tokens of its own."""
+GENERATED = 256
 
 _NAMES = [
     "amber", "anchor", "basil", "beacon", "bishop", "bronze", "candle", "canyon", "cedar", "cobalt", "copper",
@@ -44,7 +46,10 @@ class Puzzle:
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """A prompt of exactly the asked length, the tokens fed after it, and what the free continuation must contain."""
+    """A prompt of exactly the asked length, the tokens fed after it, and what the free continuation must contain.
+
+    A token of -1 in ``forced`` is the policy's own choice.
+    """
 
     task: str
     prompt: torch.Tensor
@@ -158,7 +163,8 @@ def make_trial(tokenizer: PreTrainedTokenizerBase, task: str, *, length: int, mo
         pieces[place:place] = sentence
     prompt = torch.tensor([*pieces, *asked])
     assert len(prompt) == length
-    return Trial(task, prompt, () if mode == "asked" else tuple(tail), puzzle.expected)
+    forced = () if mode == "asked" else tuple(tail)
+    return Trial(task, prompt, (-1,) * GENERATED + forced if mode == "generated" else forced, puzzle.expected)
 
 
 def _haystack(tokenizer: PreTrainedTokenizerBase, room: int, seed: int) -> tuple[list[int], list[int]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 
 from mac_kernels import PRESETS, ConfigError, MacConfig, find_match
+from mac_kernels.config import HeadTable
 from mac_kernels.step import FindMatch
 from mac_transformers.policies import Mac, Policy, Window, find_newest
 
@@ -27,15 +28,15 @@ _FORMATS = {"rows": STORED, "q": ("q_pre",), "o": ("out",), "g": ("kbar",)}
 _WORDS = {"none": None, "on": True, "off": False}
 
 
-def parse_rule(text: str) -> Policy:
+def parse_rule(text: str, scale: HeadTable | None = None) -> Policy:
     """Turn a rule into a policy.
 
     A rule is a preset (or ``newest``, the control that takes the newest row under the threshold), then ``key=value``
     pairs separated by commas: any field of :class:`MacConfig` or its short name (:data:`ALIASES`); ``rows``, ``q``,
     ``o`` or ``g`` = ``bf16``, ``fp8`` or ``int8`` (all stored rows, queries, outputs, mean keys); ``sketch`` = the name
-    of a sketch kind (with ``k``, the rows it nominates). Without a preset it starts from the defaults without the
-    influence bound, so that a rule's name says all that it bounds. ``window:RULE`` and ``window:N`` are the sink +
-    window control.
+    of a sketch kind (with ``k``, the rows it nominates); ``scale=on`` = the calibrated ``scale``. Without a preset it
+    starts from the defaults without the influence bound, so that a rule's name says all that it bounds.
+    ``window:RULE`` and ``window:N`` are the sink + window control.
 
     Raises
     ------
@@ -74,12 +75,15 @@ def parse_rule(text: str) -> Policy:
             formats |= dict.fromkeys(_FORMATS[key], value)
         elif key == "sketch":
             sketch = value
+        elif key == "scale":
+            if value != "on" or scale is None:
+                raise ConfigError(f"{pair!r} in {text!r} takes the calibrated scale; say scale=on and name its file")
+            fields["influence_scale"] = scale
         elif key in fields:
             fields[key] = _value(value)
         else:
-            raise ConfigError(
-                f"unknown key {key!r} in {text!r}; known: {', '.join([*fields, *ALIASES, *_FORMATS, 'sketch'])}"
-            )
+            known = [*fields, *ALIASES, *_FORMATS, "sketch", "scale"]
+            raise ConfigError(f"unknown key {key!r} in {text!r}; known: {', '.join(known)}")
     if sketch:
         find = _sketched(sketch, fields["nominees"])
         fields["nominees"] = None
@@ -87,7 +91,7 @@ def parse_rule(text: str) -> Policy:
     return Mac(config, pool=rounding_pool(formats), find=find) if formats else Mac(config, find=find)
 
 
-def parse_rules(text: str) -> dict[str, Policy]:
+def parse_rules(text: str, scale: HeadTable | None = None) -> dict[str, Policy]:
     """Policies by their rule, from rules separated by blanks; a window's partner must be among them.
 
     Raises
@@ -95,7 +99,7 @@ def parse_rules(text: str) -> dict[str, Policy]:
     ConfigError
         If a rule is wrong, or a window names a rule that is not there.
     """
-    rules = {rule: parse_rule(rule) for rule in text.split()}
+    rules = {rule: parse_rule(rule, scale) for rule in text.split()}
     for rule, policy in rules.items():
         if isinstance(policy, Window) and policy.like is not None and policy.like not in rules:
             raise ConfigError(f"{rule!r} needs the rule {policy.like!r} in the same list")

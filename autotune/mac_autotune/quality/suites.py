@@ -15,7 +15,7 @@ from mac_transformers.batch import FULL
 from mac_transformers.compare import Comparison, compare
 from mac_transformers.policies import Policy
 
-from . import metrics, needle, texts
+from . import drift, metrics, needle, texts
 
 Progress = Callable[[str, int, int], None]
 """Called as ``progress(what, done, total)``."""
@@ -26,7 +26,7 @@ ANSWER_TOKENS = 24
 class Cell:
     """One rule on one task: what was reused, and the metrics with their intervals."""
 
-    suite: Literal["kl", "needle"]
+    suite: Literal["kl", "needle", "freerun", "drift"]
     task: str
     text: str
     config: str
@@ -110,6 +110,66 @@ def needle_suite(
             if seconds is not None and time.monotonic() - begin > seconds:
                 return
             yield _needle_cell(bench, rules, task, mode, prompt_tokens, trials, rows)
+
+
+def freerun_suite(
+    bench: Bench, rules: Mapping[str, Policy], *, prompt_tokens: int, tokens: int, passages: int, seconds: float | None
+) -> list[Cell]:
+    """Every rule writes its own greedy continuation of the same prompts from the documentation.
+
+    Metrics, by passage: ``agreement``, tokens until the first that full attention did not write; ``repetition``, share
+    of the 4-grams written that were written before (``full`` has a row of its own to compare with).
+    """
+    prompts = texts.passages(bench.tokenizer, "docs", length=prompt_tokens, count=passages, seed=2)
+    own = torch.full((passages, tokens + 1), -1)
+    result = compare(bench.model, prompts, own, rules, progress=bench.step("freerun"), seconds=seconds)
+    written = result.chosen.permute(1, 2, 0)  # [rules, passages, tokens]
+    cells = []
+    for index, rule in enumerate(result.policies):
+        apart = (written[index] != written[0]).int()
+        until = torch.where(apart.any(1), apart.argmax(1), apart.shape[1])
+        repeated = [metrics.repetition(row.tolist()) for row in written[index]]
+        found = {
+            name: metrics.estimate(np.array(values, dtype=float), lambda x: float(x.mean()), block=1)
+            for name, values in (("agreement", until.tolist()), ("repetition", repeated))
+        }
+        shares = metrics.reuse(result, rule, slice(None))
+        cells.append(Cell("freerun", "greedy", "docs", rule, prompt_tokens, len(result.kl), shares, found))
+    return cells
+
+
+def drift_suite(
+    bench: Bench, rules: Mapping[str, Policy], *, prompt_tokens: int, tokens: int, seconds: float | None
+) -> list[Cell]:
+    """Decode one long passage of the documentation, teacher-forced, to see whether the error grows.
+
+    Tasks: ``steps A-B``, divergence from full attention in a stretch of the passage; ``age A-B`` and ``hops A-B``,
+    relative L2 error (``rel_l2``) of reused groups against exact attention of the same query over the same cache, by
+    the distance to their anchor and by how often their state was handed on.
+    """
+    whole = texts.passages(bench.tokenizer, "docs", length=prompt_tokens + tokens + 1)
+    watch = drift.Watch()
+    result = compare(
+        bench.model,
+        whole[:, :prompt_tokens],
+        whole[:, prompt_tokens:],
+        rules,
+        progress=bench.step("drift"),
+        seconds=seconds,
+        observe=watch,
+    )
+    steps, cells = len(result.kl), []
+    for rule in rules:
+        for low in range(0, steps, drift.STRETCH):
+            part = result.steps(low, low + drift.STRETCH)
+            task = f"steps {low}-{min(low + drift.STRETCH, steps)}"
+            shares, found = metrics.reuse(part, rule, slice(None)), metrics.divergence(part, rule, slice(None))
+            cells.append(Cell("drift", task, "docs", rule, prompt_tokens, steps, shares, found))
+        shares = metrics.reuse(result, rule, slice(None))
+        for task, errors in watch.bins(rule):
+            mean = {"rel_l2": metrics.estimate(errors, lambda x: float(x.mean()), block=metrics.BLOCK)}
+            cells.append(Cell("drift", task, "docs", rule, prompt_tokens, steps, shares, mean))
+    return cells
 
 
 def _needle_cell(

@@ -1,0 +1,247 @@
+"""Calibrate ``influence_scale``: how much a reused head's error does to the residual stream, head by head.
+
+The influence bound judges weight x distance, in units that are the same for every head; what such a step does to the
+model is not. One exact forward pass tells it: at positions near the end of a passage every head's nearest row is reused
+on paper, and the error that reaches the residual stream is compared with what the bound saw.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from mac_kernels import AttnState, InputError, MacConfig, Rope, UnsupportedError
+from mac_kernels.attend.reference import shared_attention
+from mac_kernels.complete.reference import correct, merge_state
+from mac_kernels.config import HeadTable
+from mac_kernels.match.accept import distance_cap
+from mac_kernels.types import covered_end
+from mac_transformers.intercept import intercepted, layout_of, num_layers_of
+from mac_transformers.rope import ModelRope
+
+_FEWEST_NEAR = 16  # samples within the distance cap below which all samples of a head are taken
+_DIGITS = 4
+
+
+@torch.inference_mode()
+def calibrate(
+    model: PreTrainedModel,
+    tokens: torch.Tensor,
+    *,
+    config: MacConfig | None = None,
+    positions: int = 64,
+    progress: Callable[[int, int], None] | None = None,
+) -> HeadTable:
+    """Measure the ``influence_scale`` of every layer and query head.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        A decoder of full-attention layers whose attention ends in ``o_proj``, in eval mode, on the CPU or one GPU.
+    tokens : torch.Tensor, [T, L] int64
+        Passages of the kind that the model will serve; each is read in one exact forward pass.
+    config : MacConfig, optional
+        Window, band, sinks, threshold and correction that the scale is for. Default: the preset ``careful``.
+    positions : int, default 64
+        Queries per passage at which reuse is tried, spread over the passage's second half.
+    progress : callable, optional
+        Called as ``progress(done, total)`` after every layer of every passage.
+
+    Returns
+    -------
+    tuple of tuple of float
+        By layer and query head, ``> 0``, geometric mean 1: root mean square of (error in the residual stream relative
+        to its norm) over that of (weight x distance).
+
+    Raises
+    ------
+    InputError
+        If the passages are too short for the window, or reuse changes nothing.
+    UnsupportedError
+        If the model's attention does not end in ``o_proj``.
+    """
+    config = MacConfig() if config is None else config
+    if tokens.dim() != 2 or tokens.shape[1] < 2 * config.window + config.band + config.sinks or positions < 1:
+        least = 2 * config.window + config.band + config.sinks
+        raise InputError(
+            f"calibration needs passages of at least {least} tokens (two windows, band and sinks) and positions >= 1, "
+            f"got {list(tokens.shape)} and {positions}; take longer passages"
+        )
+    layout, layers = layout_of(model), num_layers_of(model)
+    samples = _Samples(model, config, positions, layers * len(tokens), progress)
+    with intercepted(model), samples.watching():
+        for passage in tokens.to(model.device):
+            place = torch.arange(len(passage), device=model.device)[None]
+            model(
+                input_ids=passage[None],
+                position_ids=place,
+                use_cache=False,
+                logits_to_keep=1,
+                attention_handler=samples,
+            )
+    scale = torch.stack([samples.scale(layer) for layer in range(layers)])
+    known = scale[scale.isfinite() & (scale > 0)]
+    if not len(known):
+        raise InputError("reuse changed nothing in any layer; does the model attend at all? Take other passages")
+    scale = scale / known.log().mean().exp()
+    # a head without samples is treated as the average one
+    scale = torch.where(scale.isfinite() & (scale > 0), scale, 1.0).view(layers, layout.num_qo_heads)
+    return tuple(tuple(round(value, _DIGITS) for value in row) for row in scale.tolist())
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """Squared (weight x distance) and squared error of every sample, and whether its row was near: each [N, Hq]."""
+
+    influence: torch.Tensor
+    error: torch.Tensor
+    near: torch.Tensor
+
+
+class _Samples:
+    """Attention handler that collects samples while the model reads passages exactly."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        config: MacConfig,
+        positions: int,
+        total: int,
+        progress: Callable[[int, int], None] | None,
+    ) -> None:
+        self._model, self._config, self._positions = model, config, positions
+        self._found: dict[int, list[_Layer]] = {}
+        self._hidden: dict[int, torch.Tensor] = {}
+        self._done, self._total, self._progress = 0, total, progress
+
+    def watching(self) -> _Hooks:
+        """Note the norm of the residual stream that enters every layer."""
+        return _Hooks(self._model, self._hidden)
+
+    def attend(
+        self, module: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sm_scale: float
+    ) -> torch.Tensor:
+        layer = int(module.layer_idx)  # type: ignore[arg-type]
+        self._found.setdefault(layer, []).append(self._sample(module, layer, q[0], k[0], v[0], sm_scale))
+        self._done += 1
+        if self._progress is not None:
+            self._progress(self._done, self._total)
+        group = q.shape[1] // k.shape[1]
+        k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
+        return functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=sm_scale).transpose(1, 2)
+
+    def scale(self, layer: int) -> torch.Tensor:
+        """Root mean square error per root mean square influence, [Hq]; NaN for a head without samples."""
+        influence, error, near = (
+            torch.cat([getattr(one, name) for one in self._found[layer]]) for name in ("influence", "error", "near")
+        )
+        use = torch.where(near.sum(0) >= _FEWEST_NEAR, near, influence.isfinite())
+        return (torch.where(use, error, 0.0).sum(0) / torch.where(use, influence, 0.0).sum(0)).sqrt().cpu()
+
+    def _sample(
+        self, module: nn.Module, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sm_scale: float
+    ) -> _Layer:
+        config, length, device = self._config, q.shape[1], q.device
+        place = torch.linspace(length // 2, length - 1, self._positions, device=device).long()
+        rope = _rope_of(module, length, device)
+        q = q.float().transpose(0, 1)  # [L, Hq, D]
+        q_pre = rope.unrotate(q, torch.arange(length, device=device))
+        distance, matched = _nearest(q_pre, place, config)
+        head = torch.arange(q.shape[1], device=device)
+        states = functools.partial(_states, k=k.float(), v=v.float(), sm_scale=sm_scale)
+        ones = torch.ones_like(matched)
+        end, old_end = (covered_end(x, band=config.band, sinks=config.sinks) for x in (place[:, None] * ones, matched))
+        new = q[place]
+        reused = states(q[matched, head], config.sinks * ones, old_end, return_kbar=config.correction)
+        if reused.kbar is not None:
+            reused = reused._replace(kbar=_pulled_back(rope, reused.kbar, matched))
+        reused = correct(reused, q_pre[place], q_pre[matched, head], sm_scale=sm_scale)._replace(kbar=None)
+        always = merge_state(states(new, end, place[:, None] + ones), states(new, 0 * ones, config.sinks * ones))
+        weight = torch.exp2(reused.lse2 - merge_state(reused, always).lse2)
+        got = merge_state(merge_state(reused, states(new, old_end, end)), always).out
+        exact = merge_state(states(new, config.sinks * ones, end), always).out
+        change = torch.einsum("nhd,ohd->nho", got - exact, _output_heads(module, q.shape[1])).square().sum(-1)
+        known = distance.isfinite() & reused.lse2.isfinite()
+        return _Layer(
+            torch.where(known, (weight * distance).square() / (2 * q.shape[2]), math.inf),
+            change / self._hidden[layer][place, None].square(),
+            known & (distance < distance_cap(config, q.shape[2])),
+        )
+
+
+class _Hooks:
+    """Forward hooks on the decoder layers, for as long as the context lasts."""
+
+    def __init__(self, model: PreTrainedModel, hidden: dict[int, torch.Tensor]) -> None:
+        self._model, self._hidden = model, hidden
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+
+    def __enter__(self) -> None:
+        for block in self._model.get_decoder().layers:  # type: ignore[no-untyped-call]
+            self._handles.append(block.register_forward_pre_hook(self._note, with_kwargs=True))
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _note(self, block: nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, torch.Tensor]) -> None:
+        stream = args[0] if args else kwargs["hidden_states"]
+        self._hidden[int(block.self_attn.layer_idx)] = stream[0].float().norm(dim=-1)  # type: ignore[union-attr,arg-type]
+
+
+def _rope_of(module: nn.Module, length: int, device: torch.device) -> Rope:
+    rope = ModelRope(module, next(module.parameters()).dtype).at(length)
+    table = torch.cat(rope.cos_sin(torch.arange(length)), dim=-1).to(device)
+    return Rope.from_cos_sin_cache(table, interleaved=rope.interleaved)
+
+
+def _nearest(q_pre: torch.Tensor, place: torch.Tensor, config: MacConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    """Distance to and position of every head's nearest eligible query, [N, Hq] each; ``inf`` where there is none."""
+    position = torch.arange(len(q_pre), device=q_pre.device)
+    eligible = (position < place[:, None]) & (position > place[:, None] - config.window)
+    eligible &= position + 1 - config.band > config.sinks
+    gap = torch.cdist(q_pre[place].transpose(0, 1), q_pre.transpose(0, 1))  # [Hq, N, L]
+    best = torch.where(eligible, gap, math.inf).min(-1)
+    return best.values.T, best.indices.T
+
+
+def _states(
+    q: torch.Tensor,
+    start: torch.Tensor,
+    stop: torch.Tensor,
+    *,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    sm_scale: float,
+    return_kbar: bool = False,
+) -> AttnState:
+    """States of queries [N, Hq, D], every head over its own ``[start, stop)`` [N, Hq], with keys [Hkv, L, D]."""
+    position = torch.arange(k.shape[1], device=k.device)
+    mask = (position >= start[..., None]) & (position < stop[..., None])
+    keys, values = (x.transpose(0, 1)[None] for x in (k, v))
+    return shared_attention(q, keys, values, mask, sm_scale=sm_scale, return_kbar=return_kbar)
+
+
+def _pulled_back(rope: Rope, kbar: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+    """Mean keys [N, Hq, D] in the pre-RoPE frame of positions [N, Hq]."""
+    return rope.pull_back(kbar[:, :, None], position)[:, :, 0]
+
+
+def _output_heads(module: nn.Module, heads: int) -> torch.Tensor:
+    """Output projection by head, [hidden, Hq, D]."""
+    projection = getattr(module, "o_proj", None)
+    if not isinstance(projection, nn.Linear):
+        raise UnsupportedError(
+            f"calibrating {type(module).__name__}",
+            ["its output projection is not a linear layer named o_proj"],
+            "Use the config without influence_scale.",
+        )
+    weight = projection.weight.float()
+    return weight.view(len(weight), heads, -1)

@@ -1,0 +1,1 @@
+"""MAC-Attention as an attention backend of SGLang: ``--attention-backend mac``."""

@@ -1,0 +1,90 @@
+"""Where SGLang's scheduler process tells MAC what happens: new requests, new passes, flushes, the prefix cache."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from . import compat, serving
+from .requests import EXACT_NAMESPACE, SCRATCH_ROW, BatchRow
+
+CUSTOM_PARAM = "mac"
+"""Key of a request's ``custom_params``; its only value is ``"exact"``."""
+
+
+def apply() -> None:
+    """Apply every hook to this process; a second call does nothing.
+
+    Raises
+    ------
+    SGLangChanged
+        If SGLang has no such function, or refuses a hook.
+    """
+    global _applied
+    if _applied:
+        return
+    compat.after(compat.REQUEST_CREATED, _request_created)
+    compat.after(compat.BATCH_BEGINS, _batch_begins)
+    compat.around(compat.RADIX_CACHE_BUILT, _radix_cache_built)
+    for target in compat.state_changes():
+        compat.after(target, _drop_after(target.rsplit(".", 1)[-1]))
+    compat.fence_reads_after_replay()
+    _applied = True
+
+
+_applied = False
+
+
+def wants_exact(request: Any) -> str:
+    """Why a request runs exactly: it asked for it, or it is a beam search; empty otherwise."""
+    params = request.sampling_params
+    custom = params.custom_params
+    if isinstance(custom, dict) and custom.get(CUSTOM_PARAM) == "exact":
+        return "asked for exact"
+    return "beam search" if (getattr(params, "beam_width", None) or 1) > 1 else ""
+
+
+def _request_created(result: None, request: Any, *args: Any, **kwargs: Any) -> None:
+    del result, args, kwargs
+    if wants_exact(request) == "asked for exact":
+        request.extra_key = f"{request.extra_key or ''}|{EXACT_NAMESPACE}"
+
+
+def _batch_begins(result: Any, cls: type, batch: Any, model_runner: Any, **kwargs: Any) -> None:
+    del cls, kwargs
+    active = serving.current()
+    if active is not None and active.runner is model_runner:
+        slots = [SCRATCH_ROW if (row := compat.row_of(request)) is None else row for request in batch.reqs]
+        extend = result.forward_mode.is_extend()
+        active.begin(slots, functools.partial(batch_rows, result, batch.reqs, slots, extend=extend), extend=extend)
+
+
+def batch_rows(batch: Any, requests: list[Any], slots: list[int], *, extend: bool) -> list[BatchRow]:
+    """The requests of a forward pass, in the words of :class:`BatchRow`."""
+    rows = []
+    for index, (request, slot) in enumerate(zip(requests, slots, strict=True)):
+        tokens = len(request.origin_input_ids) + len(request.output_ids)
+        prefix = batch.extend_prefix_lens_cpu[index] if extend else tokens - 1
+        end = prefix + (batch.extend_seq_lens_cpu[index] if extend else 1)
+        rows.append(BatchRow(slot, request.rid, tokens, end, prefix, extend, wants_exact(request)))
+    return rows
+
+
+def _radix_cache_built(original: Any, context: Any) -> Any:
+    tree = original(context)
+    active = serving.current()
+    if active is None or active.snapshots is None:
+        return tree
+    from .radix import watch
+
+    return watch(tree, active.snapshots)
+
+
+def _drop_after(what: str) -> Any:
+    def hook(result: Any, *args: Any, **kwargs: Any) -> None:
+        del result, args, kwargs
+        active = serving.current()
+        if active is not None:
+            active.drop_all(what)
+
+    return hook

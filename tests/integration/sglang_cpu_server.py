@@ -1,0 +1,15 @@
+"""A real SGLang HTTP server on the CPU: ``python sglang_cpu_server.py --model-path ... --port ...``."""
+
+from __future__ import annotations
+
+import sys
+
+import sglang_cpu  # noqa: F401  works around what keeps SGLang from a CPU, here and in the processes that it spawns
+
+if __name__ == "__main__":
+    from sglang.launch_server import run_server
+    from sglang.srt.plugins import load_plugins
+    from sglang.srt.server_args import prepare_server_args
+
+    load_plugins()
+    run_server(prepare_server_args(sys.argv[1:]))

@@ -1,0 +1,137 @@
+"""What this package relies on in SGLang: a test that fails here names what changed."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+import pkgutil
+from typing import Any
+
+import pytest
+
+pytest.importorskip("sglang_cpu", exc_type=ImportError)  # its work-arounds come before SGLang's imports
+
+from mac_sglang import compat
+
+pytestmark = pytest.mark.sglang
+PARAMETERS = {
+    "sglang.srt.layers.attention.attention_registry.register_attention_backend": ["name"],
+    "sglang.srt.mem_cache.registry.register_radix_cache_backend": ["name", "factory"],
+    "sglang.srt.mem_cache.registry.create_tree_cache": ["ctx"],
+    "sglang.srt.mem_cache.registry.default_radix_cache_factory": ["ctx"],
+    "sglang.srt.plugins.hook_registry.HookRegistry._apply_target": ["target", "hooks"],
+    "sglang.srt.model_executor.forward_batch_info.ForwardBatch.init_new": ["batch", "model_runner"],
+    "sglang.srt.mem_cache.memory_pool.KVWriteLoc": ["loc", "swa_loc"],
+    "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend.__init__": ["self", "model_runner"],
+    "sglang.srt.layers.attention.base_attn_backend.AttentionBackend.init_forward_metadata": ["self", "forward_batch"],
+    "sglang.srt.layers.attention.base_attn_backend.AttentionBackend.init_forward_metadata_out_graph": [
+        "self", "forward_batch", "in_capture",
+    ],
+    "sglang.srt.layers.attention.base_attn_backend.AttentionBackend.init_forward_metadata_in_graph": [
+        "self", "forward_batch",
+    ],
+    "sglang.srt.layers.attention.base_attn_backend.AttentionBackend.on_after_cuda_graph_warmup": ["self"],
+    "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend.forward_decode": [
+        "self", "q", "k", "v", "layer", "forward_batch", "save_kv_cache",
+    ],
+    "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend.forward_extend": [
+        "self", "q", "k", "v", "layer", "forward_batch", "save_kv_cache",
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("target", PARAMETERS)
+def test_parameters(target: str) -> None:
+    found = list(inspect.signature(pkgutil.resolve_name(target)).parameters)
+    want = PARAMETERS[target]
+    assert found[: len(want)] == want, f"{target}{tuple(found)}: MAC calls or overrides it as {tuple(want)}"
+
+
+def test_version_is_supported() -> None:
+    compat.check_version()
+
+
+def test_every_hooked_function_exists() -> None:
+    targets = [compat.REQUEST_CREATED, compat.BATCH_BEGINS, compat.RADIX_CACHE_BUILT, *compat.state_changes()]
+    for target in targets:
+        assert callable(pkgutil.resolve_name(target)), f"{target} is gone"
+
+
+def test_scheduler_builds_its_cache_through_the_hooked_function() -> None:
+    module = importlib.import_module("sglang.srt.mem_cache.kv_cache_builder")
+    assert "create_tree_cache" in inspect.getsource(module)
+
+
+@pytest.mark.parametrize(
+    ("owner", "attributes"),
+    [
+        ("sglang.srt.model_executor.forward_batch_info.ForwardBatch", [
+            "forward_mode", "batch_size", "req_pool_indices", "seq_lens", "out_cache_loc",
+            "extend_prefix_lens_cpu", "extend_seq_lens", "extend_seq_lens_cpu",
+        ]),
+    ],
+)  # fmt: skip
+def test_dataclass_fields(owner: str, attributes: list[str]) -> None:
+    found = {field.name for field in dataclasses.fields(pkgutil.resolve_name(owner))}
+    assert not set(attributes) - found, f"{owner} has no {sorted(set(attributes) - found)}"
+
+
+@pytest.mark.parametrize(
+    ("owner", "attributes"),
+    [
+        ("sglang.srt.mem_cache.memory_pool.ReqToTokenPool", ["req_to_token", "free_slots", "req_generation", "size"]),
+        ("sglang.srt.managers.schedule_batch.Req", [
+            "rid", "origin_input_ids", "output_ids", "extra_key", "sampling_params",
+        ]),
+        ("sglang.srt.layers.radix_attention.RadixAttention", [
+            "tp_q_head_num", "tp_k_head_num", "head_dim", "qk_head_dim", "v_head_dim", "scaling", "layer_id",
+            "logit_cap", "sliding_window_size", "is_cross_attention", "attn_type", "xai_temperature_len",
+            "k_scale", "v_scale",
+        ]),
+        ("sglang.srt.layers.rotary_embedding.RotaryEmbedding", ["rotary_dim", "is_neox_style"]),
+    ],
+)  # fmt: skip
+def test_attributes_are_set_at_construction(owner: str, attributes: list[str]) -> None:
+    source = inspect.getsource(pkgutil.resolve_name(owner).__init__)
+    missing = [name for name in attributes if f"self.{name}" not in source]
+    assert not missing, f"{owner}.__init__ does not set {missing}"
+
+
+def test_request_row_is_where_compat_looks() -> None:
+    module: Any = importlib.import_module("sglang.srt.managers.schedule_batch")
+    source = inspect.getsource(module)
+    assert "req_pool_idx: Optional[int]" in source, "the row of a request has moved: see compat.row_of"
+
+
+def test_pool_row_zero_is_scratch_and_generations_rise() -> None:
+    from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
+
+    pool = ReqToTokenPool(size=2, max_context_len=8, device="cpu", enable_memory_saver=False)
+    assert pool.req_to_token.shape == (3, 8)
+    assert 0 not in pool.free_slots
+    assert pool.req_generation.tolist() == [0, 0, 0]
+
+
+def test_unknown_version_is_refused_with_the_range(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compat, "version", lambda: (0, 6, 0))
+    with pytest.raises(compat.SGLangChanged, match=r"0\.6\.0.*0\.5\.17 to 0\.5\.23"):
+        compat.check_version()
+
+
+def test_hook_is_applied_on_top_of_another_plugins_hook(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sglang.srt.mem_cache import registry
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    target, calls = "sglang.srt.mem_cache.registry.get_radix_cache_factory", []
+    monkeypatch.setattr(registry, "get_radix_cache_factory", registry.get_radix_cache_factory)
+    HookRegistry.register(target, lambda *args: calls.append("theirs"), HookType.AFTER)
+    HookRegistry.apply_hooks()
+    compat.after(target, lambda *args: calls.append("ours"))
+    registry.get_radix_cache_factory("none of them")
+    assert calls == ["theirs", "ours"]
+
+
+def test_hook_on_something_that_is_gone_says_so() -> None:
+    with pytest.raises(compat.SGLangChanged, match=r"registry\.no_such_function cannot be hooked"):
+        compat.after("sglang.srt.mem_cache.registry.no_such_function", lambda *args: None)
