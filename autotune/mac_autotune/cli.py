@@ -240,7 +240,7 @@ def _need_optuna() -> None:
 
 
 def _command() -> str:
-    """This command as anybody could give it: without the folders of this machine."""
+    """The command as anybody could give it: without the folders of this machine."""
     kept: list[str] = []
     arguments = iter(sys.argv[1:])
     for argument in arguments:

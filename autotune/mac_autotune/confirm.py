@@ -85,7 +85,9 @@ def confirm(
                     before = found[cell.config].get("recall", recall)
                     found[cell.config]["recall"] = min(before, recall, key=lambda x: x.value)
     return {
-        name: Confirmed(found[name], _ratio(result, name, configs, latency, prompt), violations(preset, found[name]))
+        name: Confirmed(
+            found[name], _ratio(result, name, configs, latency, prompt), violations(preset, found[name], found[PRESET])
+        )
         for name in configs
     }
 

@@ -16,6 +16,7 @@ from mac_kernels import (
     InputError,
     MacConfig,
     PagedKV,
+    PageTable,
     RingPool,
     Rope,
     StepTrace,
@@ -294,11 +295,16 @@ class MacCache(DynamicCache):
         plan, rope = self._plans.get(key), self.rope(layer_idx)
         if plan is not None and plan.fits(len(step.starts), capacity, rope):
             if not plan.is_at(step):
-                plan.follow(step, self.paged(layer_idx).table)
+                plan.follow(step, self._table(layer_idx))
             return plan
-        table = self.paged(layer_idx).table
+        table = self._table(layer_idx)
         self._plans[key] = DecodePlan(step, capacity, info, config=self.mac_config, rope=rope, table=table)
         return self._plans[key]
+
+    def _table(self, layer_idx: int) -> PageTable:
+        table = self.paged(layer_idx).table
+        assert isinstance(table, PageTable)  # what paged() makes
+        return table
 
     def _rings_for(self, batch: int) -> RingPool:
         if self.rings is None or self.rings.num_rings != batch:

@@ -122,6 +122,13 @@ def test_limits_tell_what_is_broken() -> None:
     assert set(LIMITS) < set(PRESETS)
 
 
+def test_where_the_preset_breaks_its_own_limit_its_interval_is_the_limit() -> None:
+    base = {"top1": estimate(0.97), "kl": estimate(0.001, 0.0005)}
+    assert violations("careful", {"top1": estimate(0.961)}, base) == {}
+    assert violations("careful", {"top1": estimate(0.959)}, base) == {"top1": "top1 0.959 is below 0.96"}
+    assert violations("careful", {"kl": estimate(0.0016)}, base) == {"kl": "kl 0.0016 is above 0.0015"}
+
+
 LAYOUT = HeadLayout(32, 4, 128)
 
 
