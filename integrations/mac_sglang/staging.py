@@ -104,37 +104,32 @@ class HostBuffer:
 
 
 class HostBuffers:
-    """Host memory in pieces of one size, pinned where a GPU copies from and to it; made when first needed, then kept.
+    """Host memory in pieces of one size, pinned where a GPU copies from and to it.
+
+    All pieces are made at once: pinning one takes as long as a whole prefill step, which no request should wait for.
 
     Parameters
     ----------
     nbytes : int
         Bytes of one piece.
     capacity : int
-        Most pieces.
+        Pieces; fewer if the system does not give so much.
     device : torch.device
         Decides whether the memory is pinned.
     """
 
     def __init__(self, nbytes: int, capacity: int, device: torch.device) -> None:
-        self.nbytes, self.capacity, self._device = nbytes, capacity, device
         self._free: list[HostBuffer] = []
-        self.made = 0
+        try:
+            for _ in range(capacity):
+                self._free.append(HostBuffer(nbytes, device))
+        except (MacError, RuntimeError) as error:
+            logger.warning("%s; ring snapshots go on with %d of %d buffers", error, len(self._free), capacity)
+        self.capacity = len(self._free)
 
     def take(self) -> HostBuffer | None:
         """A piece that is not in use; ``None`` if all are."""
-        if self._free:
-            return self._free.pop()
-        if self.made >= self.capacity:
-            return None
-        try:
-            buffer = HostBuffer(self.nbytes, self._device)
-        except (MacError, RuntimeError) as error:
-            logger.warning("%s; ring snapshots go on with %d of %d buffers", error, self.made, self.capacity)
-            self.capacity = self.made
-            return None
-        self.made += 1
-        return buffer
+        return self._free.pop() if self._free else None
 
     def give(self, buffer: HostBuffer) -> None:
         """Take a piece back."""

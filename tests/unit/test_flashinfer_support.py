@@ -48,7 +48,7 @@ def test_version_numbers(monkeypatch: pytest.MonkeyPatch, text: str, numbers: tu
 def test_the_installed_version_decides(monkeypatch: pytest.MonkeyPatch, version: str | None, reason: str) -> None:
     installed(monkeypatch, version)
     reasons = support.unsupported_reasons("flashinfer", MacConfig(), LAYOUT, CUDA)
-    assert (reason in reasons[0] if reason else reasons == ()), reasons
+    assert reason in reasons[0] if reason else reasons == (), reasons
 
 
 def test_every_reason_is_given_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
