@@ -22,6 +22,7 @@ from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey
 
 from mac_kernels import AttnState, HeadLayout, RingPool
 from mac_sglang.radix import watch
+from mac_sglang.staging import Staging
 from mac_sglang.store import SnapshotService
 
 NEW = hasattr(RadixCache, "checkpoint") or not hasattr(RadixCache, "cache_finished_req")
@@ -94,7 +95,7 @@ class Server:
         for field in self.rings.fields.values():
             field.fill_(torch.nan if field.dtype.is_floating_point else -2)
         self.rings.fields["pos"].fill_(-1)
-        budget = entries * SnapshotService(self.rings, 1 << 30).device_bytes
+        budget = entries * Staging(self.rings).nbytes
         self.service = SnapshotService(self.rings, budget)
         if watched:
             self.tree = watch(self.tree, self.service)

@@ -12,6 +12,7 @@ import torch
 
 from mac_kernels import HeadLayout, RingPool
 from mac_sglang.chain import TokenChain
+from mac_sglang.staging import Staging
 from mac_sglang.store import SnapshotService
 
 pytestmark = pytest.mark.gpu
@@ -23,8 +24,7 @@ SLEEP = 20_000_000
 def make(entries: int, **changes) -> tuple[RingPool, SnapshotService]:
     options = {"num_rings": 4, "num_layers": 4, "layout": HeadLayout(8, 2, 64), "window": WINDOW, "num_slots": 4}
     pool = RingPool(**{**options, **changes}, device="cuda")
-    probe = SnapshotService(pool, 1 << 40)
-    return pool, SnapshotService(pool, entries * probe.device_bytes)
+    return pool, SnapshotService(pool, entries * Staging(pool).nbytes)
 
 
 @pytest.fixture
@@ -214,9 +214,8 @@ def test_times_of_a_ring_of_8b_size(forward, capsys):
     assert side is not None
     lengths = iter(range(4096, 4000, -1))
     with capsys.disabled():
-        print(
-            f"\none ring: {service.device_bytes / 2**20:.1f} MiB; a pool and 4 pinned buffers: {started:.0f} ms", end=""
-        )
+        size = service.device_bytes / 2**20
+        print(f"\none ring: {size:.1f} MiB; a pool and 4 pinned buffers: {started:.0f} ms", end="")
         timed("save (passes, copies)", lambda: client.save(0, next(lengths)), forward, side)
         timed("restore (passes)", lambda: client.admit(1, 1, 4097, 4080), forward)
         print()

@@ -8,6 +8,7 @@ import torch
 
 from mac_kernels import AttnState, HeadLayout, RingPool
 from mac_kernels.testing.scenario import poison_rings
+from mac_sglang.staging import Staging
 from mac_sglang.store import SnapshotService
 
 LAYOUT = HeadLayout(num_qo_heads=2, num_kv_heads=1, head_dim=8)
@@ -25,7 +26,7 @@ def make_pool(window: int) -> RingPool:
 
 def make_service(window: int, **options) -> tuple[RingPool, SnapshotService]:
     pool = make_pool(window)
-    return pool, SnapshotService(pool, CAPACITY * SnapshotService(pool, 1 << 30).device_bytes, **options)
+    return pool, SnapshotService(pool, CAPACITY * Staging(pool).nbytes, **options)
 
 
 def ring_of(pool: RingPool, slot: int) -> int:

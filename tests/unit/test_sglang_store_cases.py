@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import torch
 from stamped_rings import CAPACITY, make_pool, make_service, read_rows, write_row
 
 from mac_kernels import ConfigError, RingPool
