@@ -5,13 +5,15 @@ from __future__ import annotations
 import csv
 import datetime
 import importlib.metadata
+import io
 import os
 import subprocess
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+
+from mac_kernels.files import write_whole
 
 RESULTS = Path(__file__).parent / "results"
 KEY = (
@@ -81,9 +83,8 @@ def upsert(path: Path, rows: Iterable[Row]) -> None:
     """Replace the rows of equal key, add the others, sort, and swap the file in whole."""
     table = {tuple(row[name] for name in KEY): row for row in (*read(path), *rows)}
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, newline="", encoding="utf-8", delete=False) as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(row for _, row in sorted(table.items()))
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, path)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(row for _, row in sorted(table.items()))
+    write_whole(path, text.getvalue())

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -17,13 +17,13 @@ from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from mac_kernels import AttnState, InputError, MacConfig, Rope, UnsupportedError
+from mac_kernels import AttnState, InputError, MacConfig, Rope
 from mac_kernels.attend.reference import shared_attention
 from mac_kernels.complete.reference import correct, merge_state
 from mac_kernels.config import HeadTable
 from mac_kernels.match.accept import distance_cap
 from mac_kernels.types import covered_end
-from mac_transformers.intercept import intercepted, layout_of, num_layers_of
+from mac_transformers.intercept import intercepted, layout_of, num_layers_of, residual_norms
 from mac_transformers.rope import ModelRope
 
 _FEWEST_NEAR = 16  # samples within the distance cap below which all samples of a head are taken
@@ -75,8 +75,8 @@ def calibrate(
             f"got {list(tokens.shape)} and {positions}; take longer passages"
         )
     layout, layers = layout_of(model), num_layers_of(model)
-    samples = _Samples(model, config, positions, layers * len(tokens), progress)
-    with intercepted(model), samples.watching():
+    with intercepted(model), residual_norms(model, range(layers)) as norms:
+        samples = _Samples(norms, config, positions, layers * len(tokens), progress)
         for passage in tokens.to(model.device):
             place = torch.arange(len(passage), device=model.device)[None]
             model(
@@ -110,20 +110,15 @@ class _Samples:
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        norms: Mapping[int, torch.Tensor],
         config: MacConfig,
         positions: int,
         total: int,
         progress: Callable[[int, int], None] | None,
     ) -> None:
-        self._model, self._config, self._positions = model, config, positions
+        self._norms, self._config, self._positions = norms, config, positions
         self._found: dict[int, list[_Layer]] = {}
-        self._hidden: dict[int, torch.Tensor] = {}
         self._done, self._total, self._progress = 0, total, progress
-
-    def watching(self) -> _Hooks:
-        """Note the norm of the residual stream that enters every layer."""
-        return _Hooks(self._model, self._hidden)
 
     def attend(
         self, module: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sm_scale: float
@@ -171,29 +166,9 @@ class _Samples:
         known = distance.isfinite() & reused.lse2.isfinite()
         return _Layer(
             torch.where(known, (weight * distance).square() / (2 * q.shape[2]), math.inf),
-            change / self._hidden[layer][place, None].square(),
+            change / self._norms[layer][place, None].square(),
             known & (distance < distance_cap(config, q.shape[2])),
         )
-
-
-class _Hooks:
-    """Forward hooks on the decoder layers, for as long as the context lasts."""
-
-    def __init__(self, model: PreTrainedModel, hidden: dict[int, torch.Tensor]) -> None:
-        self._model, self._hidden = model, hidden
-        self._handles: list[torch.utils.hooks.RemovableHandle] = []
-
-    def __enter__(self) -> None:
-        for block in self._model.get_decoder().layers:  # type: ignore[no-untyped-call]
-            self._handles.append(block.register_forward_pre_hook(self._note, with_kwargs=True))
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-    def _note(self, block: nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, torch.Tensor]) -> None:
-        stream = args[0] if args else kwargs["hidden_states"]
-        self._hidden[int(block.self_attn.layer_idx)] = stream[0].float().norm(dim=-1)  # type: ignore[union-attr,arg-type]
 
 
 def _rope_of(module: nn.Module, length: int, device: torch.device) -> Rope:
@@ -236,12 +211,5 @@ def _pulled_back(rope: Rope, kbar: torch.Tensor, position: torch.Tensor) -> torc
 
 def _output_heads(module: nn.Module, heads: int) -> torch.Tensor:
     """Output projection by head, [hidden, Hq, D]."""
-    projection = getattr(module, "o_proj", None)
-    if not isinstance(projection, nn.Linear):
-        raise UnsupportedError(
-            f"calibrating {type(module).__name__}",
-            ["its output projection is not a linear layer named o_proj"],
-            "Use the config without influence_scale.",
-        )
-    weight = projection.weight.float()
+    weight: torch.Tensor = module.o_proj.weight.float()  # type: ignore[union-attr,assignment]
     return weight.view(len(weight), heads, -1)

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import os
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import io
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,9 +13,10 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from mac_kernels import HeadLayout, InputError, Rope, UnsupportedError
+from mac_kernels import HeadLayout, InputError, Rope
+from mac_kernels.files import write_whole
 from mac_kernels.settings import cache_dir
-from mac_transformers.intercept import intercepted, layout_of, num_layers_of
+from mac_transformers.intercept import intercepted, layout_of, num_layers_of, residual_norms
 from mac_transformers.rope import ModelRope
 
 if TYPE_CHECKING:
@@ -111,7 +109,7 @@ def record(model: PreTrainedModel, tokens: torch.Tensor, *, prompt: int, max_lay
     wanted = min(max_layers, count)
     layers = sorted({round(index * (count - 1) / max(wanted - 1, 1)) for index in range(wanted)})
     recorder, steps = _Recorder(layers, MAX_WINDOW + len(tokens) - prompt), len(tokens) - prompt
-    with intercepted(model), _residuals(model, layers, steps) as residual:
+    with intercepted(model), residual_norms(model, layers) as residual:
         model(
             input_ids=tokens[None].to(model.device),
             position_ids=torch.arange(len(tokens), device=model.device)[None],
@@ -122,35 +120,8 @@ def record(model: PreTrainedModel, tokens: torch.Tensor, *, prompt: int, max_lay
     q, k, v = (torch.stack([recorder.seen[layer][part] for layer in layers]) for part in range(3))
     assert recorder.rope is not None and layout_of(model) == HeadLayout(q.shape[2], k.shape[1], q.shape[3])
     out_proj = torch.stack([recorder.out_proj[layer] for layer in layers])
-    norms = torch.stack([residual[layer] for layer in layers])
+    norms = torch.stack([residual[layer][-steps:].cpu() for layer in layers])
     return Trace(q, k, v, *recorder.rope, recorder.sm_scale, prompt, layers, out_proj, norms)
-
-
-@contextmanager
-def _residuals(model: PreTrainedModel, layers: list[int], steps: int) -> Iterator[dict[int, torch.Tensor]]:
-    """Collect the norm of the residual stream before some layers, [steps] each."""
-    stack: Any = getattr(model.get_decoder(), "layers", None)  # type: ignore[no-untyped-call]
-    if stack is None or not hasattr(getattr(stack[0], "self_attn", None), "o_proj"):
-        raise UnsupportedError(
-            f"recording {type(model).__name__}",
-            ["its decoder has no `layers` with `self_attn.o_proj`"],
-            "Tune on a model of the Llama kind.",
-        )
-    seen: dict[int, torch.Tensor] = {}
-
-    def hook(layer: int) -> Callable[..., None]:
-        def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            hidden = args[0] if args else kwargs["hidden_states"]
-            seen[layer] = hidden[0, -steps:].float().norm(dim=-1).cpu()
-
-        return note
-
-    handles = [stack[layer].register_forward_pre_hook(hook(layer), with_kwargs=True) for layer in layers]
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def trace_path(what: str) -> Path:
@@ -162,14 +133,9 @@ def save_trace(trace: Trace, path: Path) -> None:
     """Write a trace, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     values: dict[str, Any] = {field.name: getattr(trace, field.name) for field in dataclasses.fields(trace)}
-    handle, name = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            torch.save(values, file)
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
+    content = io.BytesIO()
+    torch.save(values, content)
+    write_whole(path, content.getvalue())
 
 
 def load_trace(path: Path) -> Trace:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -34,6 +34,39 @@ def intercepted(model: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         model.set_attn_implementation(before)
+
+
+@contextmanager
+def residual_norms(model: PreTrainedModel, layers: Iterable[int]) -> Iterator[dict[int, torch.Tensor]]:
+    """Keep the norm of the residual stream that enters some layers, [L] each of the last pass, while the context lasts.
+
+    Raises
+    ------
+    UnsupportedError
+        If the model is not built of decoder layers whose attention ends in ``o_proj``.
+    """
+    stack: Any = getattr(model.get_decoder(), "layers", None)  # type: ignore[no-untyped-call]
+    if stack is None or not isinstance(getattr(getattr(stack[0], "self_attn", None), "o_proj", None), nn.Linear):
+        raise UnsupportedError(
+            f"following the residual stream of {type(model).__name__}",
+            ["its decoder has no `layers` with a linear `self_attn.o_proj`"],
+            "Use a model of the Llama kind.",
+        )
+    seen: dict[int, torch.Tensor] = {}
+
+    def hook(layer: int) -> Callable[..., None]:
+        def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            seen[layer] = hidden[0].float().norm(dim=-1)
+
+        return note
+
+    handles = [stack[layer].register_forward_pre_hook(hook(layer), with_kwargs=True) for layer in layers]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def layout_of(model: PreTrainedModel) -> HeadLayout:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from pathlib import Path
 
 from mac_kernels.errors import InputError
+from mac_kernels.files import write_whole
 
 
 class OutputFolder:
@@ -34,13 +34,5 @@ class OutputFolder:
 
     def write(self, name: str, content: bytes) -> Path:
         """Write a file of the folder in one step: a reader sees the old content or the new, never a part of it."""
-        handle, unfinished = tempfile.mkstemp(prefix=f".{name}-", dir=self.path)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(content)
-            Path(unfinished).chmod(0o644)
-            os.replace(unfinished, self.path / name)
-        except BaseException:
-            Path(unfinished).unlink(missing_ok=True)
-            raise
+        write_whole(self.path / name, content)
         return self.path / name

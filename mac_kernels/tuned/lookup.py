@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import logging
 import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +12,10 @@ from typing import TYPE_CHECKING, Generic, Literal, TypeVar
 
 from ..config import read_config
 from ..errors import ConfigError
+from ..files import write_whole
 from ..launch import LaunchParams
 from ..places import CONFIG_VARIABLE, Place, PlaceKind, config_places
-from .schema import KernelFile, KernelKey, ModelKey, PolicyFile, TunedFile, from_json, kind_of, plain, to_json
+from .schema import KernelFile, KernelKey, ModelKey, PolicyFile, TunedFile, from_json, kind_of, to_json
 
 if TYPE_CHECKING:
     import torch
@@ -231,17 +231,7 @@ def save(file: TunedFile, folder: Path) -> Path:
     """Write a tuned file under its own name, whole or not at all, and return its path."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / file.key.file_name
-    handle, name = tempfile.mkstemp(dir=folder, prefix=f".{plain(path.stem)[:40]}", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as target:
-            target.write(to_json(file))
-            target.flush()
-            os.fsync(target.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
+    write_whole(path, to_json(file))
     forget()
     return path
 

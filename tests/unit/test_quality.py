@@ -85,7 +85,7 @@ class TestTable:
         path = tmp_path / "model.csv"
         table.upsert(path, [row()])
         before = path.read_bytes()
-        monkeypatch.setattr(table.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+        monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
         with pytest.raises(OSError, match="disk full"):
             table.upsert(path, [row(value=9.0)])
         assert path.read_bytes() == before

@@ -10,6 +10,7 @@ import typer
 
 from mac_kernels import InputError, MacConfig
 from mac_kernels.config import HeadTable
+from mac_kernels.files import write_whole
 
 _CALIBRATION_SEED = 3  # the other commands measure passages 0 and 1
 DEFAULT_RULES = "careful balanced fast paper newest window:careful window:balanced window:fast"
@@ -282,7 +283,7 @@ def calibrate(
             for name in chosen
         ]
         scale = measure(bench.model, torch.cat(found), config=config, progress=bench.step("calibrate"))
-    output.write_text(dataclasses.replace(config, influence_scale=scale).to_json(), encoding="utf-8")
+    write_whole(output, dataclasses.replace(config, influence_scale=scale).to_json())
     typer.echo(output)
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import csv
-import os
-import tempfile
+import io
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from mac_kernels import InputError
+from mac_kernels.files import write_whole
 
 KEY = ("model", "suite", "task", "text", "config", "context", "tokens", "metric")
 
@@ -79,18 +79,12 @@ def upsert(path: Path, rows: Iterable[Row]) -> None:
     table = {row.key: row for row in read(path)}
     table |= {row.key: row for row in rows}
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-            writer.writeheader()
-            for _, row in sorted(table.items()):
-                writer.writerow({name: _plain(value) for name, value in asdict(row).items()})
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    for _, row in sorted(table.items()):
+        writer.writerow({name: _plain(value) for name, value in asdict(row).items()})
+    write_whole(path, text.getvalue())
 
 
 def _plain(value: object) -> object:
