@@ -35,6 +35,7 @@ class TestComposedInterpreted(DecodeConformance):
     }
     steps, rule_steps, chain_steps = 2, 10, 40
     test_rows_in_another_dtype = None  # bf16 rows
+    test_paper_rule = None  # refused before a step is built: tests/unit/test_flashinfer_support.py
 
     @pytest.fixture(autouse=True)
     def _without_flashinfer(self, monkeypatch: pytest.MonkeyPatch) -> None:
