@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import functools
+import logging
 from typing import Any
 
 from . import compat, serving
 from .requests import EXACT_NAMESPACE, SCRATCH_ROW, BatchRow
+
+logger = logging.getLogger(__name__)
 
 CUSTOM_PARAM = "mac"
 """Key of a request's ``custom_params``; its only value is ``"exact"``."""
@@ -48,6 +51,20 @@ def _request_created(result: None, request: Any, *args: Any, **kwargs: Any) -> N
     del result, args, kwargs
     if wants_exact(request) == "asked for exact":
         request.extra_key = f"{request.extra_key or ''}|{EXACT_NAMESPACE}"
+        return
+    custom = request.sampling_params.custom_params
+    if isinstance(custom, dict) and CUSTOM_PARAM in custom:
+        _warn_of(repr(custom[CUSTOM_PARAM])[:80])
+
+
+@functools.lru_cache(maxsize=64)
+def _warn_of(value: str) -> None:
+    logger.warning(
+        "mac: a request's custom_params has %r: %s, which means nothing; the only value is 'exact'. It runs as the "
+        "server is configured",
+        CUSTOM_PARAM,
+        value,
+    )
 
 
 def _batch_begins(result: Any, cls: type, batch: Any, model_runner: Any, **kwargs: Any) -> None:
