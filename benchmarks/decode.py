@@ -16,7 +16,7 @@ import mac_kernels as mk
 from mac_kernels.step import reference_step
 from mac_kernels.support import Backend
 from mac_kernels.testing.scenario import PagedStore, Scenario, plant_step
-from mac_kernels.testing.timing import Timing, measure
+from mac_kernels.testing.timing import Timing, calls_per_round, measure
 
 from .registry import DecodeCase
 
@@ -24,7 +24,7 @@ _DEVICE = "cuda"
 # of the norm of what is compared: two roundings to bf16 are 2^-8 apart at most; an absolute bound would pass zeros,
 # since attention over 127K random values is of the order of .003
 _TOLERANCE = 1e-2
-_ROUND_US = 20_000.0
+_ROUND_US = 20_000.0  # of calls between two clock readings
 Call = Callable[[], object]
 
 
@@ -86,7 +86,9 @@ def run_case(
 
     flush = torch.empty(2 * torch.cuda.get_device_properties(0).L2_cache_size, dtype=torch.int8, device=_DEVICE)
     providers |= {"flashinfer-tc": run_flashinfer, "": lambda: None}
-    calls = {name: [_after(flush, call)] * _per_round(call) for name, call in providers.items()}
+    calls = {
+        name: [_after(flush, call)] * calls_per_round(call, round_us=_ROUND_US) for name, call in providers.items()
+    }
     timed = measure(calls, device=_DEVICE, repeats=repeats)
     idle = timed.pop("").p50_us
     token = 2 * layout.head_dim * scenario.kv.k_cache.element_size()
@@ -223,13 +225,3 @@ def _after(flush: torch.Tensor, call: Call) -> Call:
         return call()
 
     return run
-
-
-def _per_round(call: Call) -> int:
-    """Calls per replay: about 20 ms, at least 2 and at most 20."""
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    begin.record()
-    call()
-    end.record()
-    end.synchronize()
-    return max(2, min(20, int(_ROUND_US / max(begin.elapsed_time(end) * 1e3, 1.0))))

@@ -123,7 +123,7 @@ class _Samples:
     def attend(
         self, module: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sm_scale: float
     ) -> torch.Tensor:
-        layer = int(module.layer_idx)  # type: ignore[arg-type]
+        layer = int(module.layer_idx)  # type: ignore[arg-type]  # an int; torch types every attribute as Tensor | Module
         self._found.setdefault(layer, []).append(self._sample(module, layer, q[0], k[0], v[0], sm_scale))
         self._done += 1
         if self._progress is not None:
@@ -211,5 +211,6 @@ def _pulled_back(rope: Rope, kbar: torch.Tensor, position: torch.Tensor) -> torc
 
 def _output_heads(module: nn.Module, heads: int) -> torch.Tensor:
     """Output projection by head, [hidden, Hq, D]."""
+    # a Linear, as residual_norms() made sure; torch types every attribute of a module as Tensor | Module
     weight: torch.Tensor = module.o_proj.weight.float()  # type: ignore[union-attr,assignment]
     return weight.view(len(weight), heads, -1)

@@ -234,7 +234,7 @@ def _numbers(option: str, text: str) -> tuple[int, ...]:
 
 def _need_optuna() -> None:
     try:
-        import optuna  # noqa: F401
+        import optuna  # noqa: F401  # only whether it is there
     except ImportError:
         raise MissingError('tune needs optuna; install it with: pip install "mac-kernels[tune,demo]"') from None
 

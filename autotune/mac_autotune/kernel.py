@@ -13,7 +13,7 @@ import torch
 from mac_kernels import BatchMacDecodeWithPagedKVCacheWrapper, HeadLayout, MacConfig, MissingError, Rope
 from mac_kernels.launch import LaunchParams, default_launch
 from mac_kernels.testing.scenario import PagedStore, Scenario, plant_step, random_store
-from mac_kernels.testing.timing import Timing, measure
+from mac_kernels.testing.timing import Timing, calls_per_round, measure
 
 from .latency import PLANTED_LAG
 from .objective import Measured, Report
@@ -108,7 +108,7 @@ class Bench:
             error = float((got.float() - self._right[hit].float()).norm() / self._right[hit].float().norm())
             if not error <= _WRONG:
                 raise ArithmeticError(f"{name} at hit rate {hit:g}: off by {error:.3g} of the output's norm")
-        count = _per_round(next(iter(calls.values()))[0]) if self._device == "cuda" else 1
+        count = calls_per_round(next(iter(calls.values()))[0], round_us=_ROUND_US) if self._device == "cuda" else 1
         providers: dict[str, list[Callable[[], Any]]] = {
             name: [_after(self._flush, run)] * count for name, (run, _) in calls.items()
         }
@@ -252,13 +252,3 @@ def _after(flush: torch.Tensor, run: Callable[[], Any] | None) -> Callable[[], A
         return None if run is None else run()
 
     return call
-
-
-def _per_round(run: Callable[[], Any]) -> int:
-    """Calls per sample: about 4 ms, 2 to 20."""
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-    begin.record()
-    run()
-    end.record()
-    end.synchronize()
-    return max(2, min(20, int(_ROUND_US / max(begin.elapsed_time(end) * 1e3, 1.0))))

@@ -78,6 +78,7 @@ class _Recorder:
     def attend(
         self, module: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sm_scale: float
     ) -> torch.Tensor:
+        # torch types every attribute of a module as Tensor | Module; these are an int and a Linear
         layer, length = int(module.layer_idx), q.shape[2]  # type: ignore[arg-type]
         if layer in self._layers:
             newest = q[:, :, -self._rows :].transpose(1, 2)

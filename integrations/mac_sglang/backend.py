@@ -46,6 +46,7 @@ def backend_class(device: str) -> type:
     return type(f"Mac{exact.__name__}", (MacAttention, exact), {"__doc__": MacAttention.__doc__})
 
 
+# Every `super()` below is SGLang's backend, which backend_class() puts behind this class: mypy sees `object` there.
 class MacAttention:
     """MAC in front of one of SGLang's attention backends, which stays responsible for whatever MAC does not do."""
 

@@ -79,6 +79,7 @@ class TokenChain:
 
 def _as_array(tokens: Sequence[int]) -> array[int]:
     is_native = isinstance(tokens, array) and tokens.typecode == TOKEN_TYPE
+    # `is_native` says that it is an array, which mypy cannot follow
     return tokens if is_native else array(TOKEN_TYPE, tokens)  # type: ignore[return-value]
 
 

@@ -43,6 +43,7 @@ class Staging:
         self._fields = self.fields_of(self._memory)
         self._side: torch.cuda.Stream | None = None
         if rings.device.type == "cuda":
+            # torch has no types for these constructors
             self._side = torch.cuda.Stream(rings.device)  # type: ignore[no-untyped-call]
             self._free = torch.cuda.Event()  # type: ignore[no-untyped-call]
 
@@ -142,7 +143,7 @@ def _unpin(memory: torch.Tensor, device: torch.device) -> None:
 
 
 def _cudart() -> Any:
-    return torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    return torch.cuda.cudart()  # type: ignore[no-untyped-call]  # torch has no types for it
 
 
 def _clear_cuda_error(device: torch.device) -> None:

@@ -263,6 +263,7 @@ def _calls(policies: Mapping[str, Policy], *, merge: bool) -> list[dict[str, Mac
     return calls
 
 
+# `layer_idx` is an int; torch types every attribute of a module as Tensor | Module.
 class _Prefill:
     def __init__(self, batch: DecodeBatch, text: int) -> None:
         self._batch, self._text = batch, text

@@ -45,6 +45,7 @@ def residual_norms(model: PreTrainedModel, layers: Iterable[int]) -> Iterator[di
     UnsupportedError
         If the model is not built of decoder layers whose attention ends in ``o_proj``.
     """
+    # the library has no types for get_decoder()
     stack: Any = getattr(model.get_decoder(), "layers", None)  # type: ignore[no-untyped-call]
     if stack is None or not isinstance(getattr(getattr(stack[0], "self_attn", None), "o_proj", None), nn.Linear):
         raise UnsupportedError(

@@ -138,7 +138,12 @@ def _captured(calls: Calls) -> Callable[[], None]:
     return graph.replay
 
 
-def _event_us(run: Callable[[], None]) -> float:
+def calls_per_round(call: Callable[[], object], *, round_us: float) -> int:
+    """How many calls make a round of about ``round_us`` on the GPU, 2 to 20."""
+    return max(2, min(20, int(round_us / max(_event_us(call), 1.0))))
+
+
+def _event_us(run: Callable[[], object]) -> float:
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     begin.record()
     run()
@@ -147,7 +152,7 @@ def _event_us(run: Callable[[], None]) -> float:
     return float(begin.elapsed_time(end)) * 1e3
 
 
-def _clock_us(run: Callable[[], None]) -> float:
+def _clock_us(run: Callable[[], object]) -> float:
     begin = time.perf_counter()
     run()
     return (time.perf_counter() - begin) * 1e6

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import get_args
 
 from mac_kernels import PRESETS, ConfigError, MacConfig, find_match
 from mac_kernels.config import HeadTable
@@ -10,7 +11,7 @@ from mac_kernels.step import FindMatch
 from mac_transformers.policies import Mac, Policy, Window, find_newest
 
 from .rounding import STORED, rounding_pool
-from .sketches import SketchedMatch, SketchKind
+from .sketches import Ballot, Basis, SketchedMatch, SketchKind
 
 ALIASES = {
     "tau": "threshold",
@@ -118,6 +119,9 @@ def _kind(name: str) -> SketchKind:
     try:
         basis, scope, dim, bits, *more = parts
         ballot = next((word for word in more if word != "centred"), "sum")
+        if basis not in get_args(Basis) or ballot not in get_args(Ballot) or scope not in ("head", "group"):
+            raise ValueError(name)
+        # the words were checked just now, and a size that is not 8 or 4 has no codes
         return SketchKind(basis, scope == "head", int(dim), int(bits.removeprefix("int")), "centred" in more, ballot)  # type: ignore[arg-type]
     except ValueError:
         raise ConfigError(f"sketch={name!r} is no kind; e.g. random-head-40-int8-each, signed-group-128-int8") from None
