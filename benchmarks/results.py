@@ -31,9 +31,9 @@ def facts(command: str) -> Row:
     """GPU, versions, commit and date of this run."""
     return {
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
-        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0],
+        "driver": output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0],
         **{name: _version(package) for name, package in _PACKAGES.items()},
-        "commit": os.environ.get("MAC_COMMIT") or _output("git", "rev-parse", "--short", "HEAD"),
+        "commit": os.environ.get("MAC_COMMIT") or output("git", "rev-parse", "--short", "HEAD"),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "command": command,
     }
@@ -49,7 +49,8 @@ def _version(package: str) -> str:
         return "none"
 
 
-def _output(*command: str) -> str:
+def output(*command: str) -> str:
+    """What a command prints; ``unknown`` if it fails."""
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):

@@ -13,7 +13,7 @@ import torch
 from mac_kernels import MacConfig
 from mac_kernels.testing.scenario import random_store
 
-from . import results
+from . import fill, results
 from .decode import Measured, WrongResultError, run_case
 from .registry import DECODE, DecodeCase
 
@@ -21,7 +21,7 @@ from .registry import DECODE, DecodeCase
 def main(argv: list[str] | None = None) -> int:
     """Run the chosen cases; 0 if all results were right, 1 if one was wrong, 2 without a GPU."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("suite", choices=["decode"])
+    parser.add_argument("suite", choices=["decode", "fill"])
     parser.add_argument("--only", default="", help="run the cases in whose name this pattern is found, e.g. G8-B64")
     parser.add_argument("--preset", default="careful")
     parser.add_argument("--no-correction", action="store_true", help="the preset without its correction")
@@ -42,6 +42,10 @@ def main(argv: list[str] | None = None) -> int:
     name = f"{args.preset} without correction" if plain else args.preset
     print(f"{facts['gpu']}, driver {facts['driver']}, torch {facts['torch']}, triton {facts['triton']}, "
           f"flashinfer {facts['flashinfer']}; us per call, p50")  # fmt: skip
+    if args.suite == "fill":
+        return fill.run(
+            [case for case in fill.FILL if re.search(args.only, str(case))], config, path, facts, args.repeats
+        )
     wrong = 0
     cases = [case for case in DECODE if re.search(args.only, str(case))]
     for (layout, batch, context), group in itertools.groupby(cases, lambda c: (c.layout, c.batch, c.context)):

@@ -5,8 +5,81 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..device import load_unrotated, position_of, quantize_image, ring_of, rotation_at, sketch_image
-from .triton import attend_tiles
+from ..device import load_unrotated, position_of, quantize_image, ring_of, rotation_at, scale_of, sketch_image
+
+
+@triton.jit
+def fold_tiles(
+    q,  # [BLOCK_M, BLOCK_D]: prompt positions of one query head
+    row_max,  # of the logits before they are scaled, so that scaling and subtracting are one operation
+    row_sum,
+    acc,
+    key_acc,
+    row_stop,  # [BLOCK_M] first position that a row does not see
+    low,
+    high,
+    k_ptr,
+    v_ptr,
+    page_ptr,
+    stride_kp,
+    stride_kt,
+    stride_vp,
+    stride_vt,
+    logit_scale,
+    soft_cap,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    SOFT_CAP: tl.constexpr,
+    KBAR: tl.constexpr,
+    MASKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Fold the tokens ``[low, high)`` into a running state; without ``MASKED`` every row sees whole tiles of them."""
+    offs_d = tl.arange(0, BLOCK_D)
+    for first in tl.range(low, high, BLOCK_N, num_stages=STAGES):
+        position = first + tl.arange(0, BLOCK_N)
+        mask_d = (offs_d < HEAD_DIM)[None, :]
+        if MASKED:
+            inside = position < high
+            page = tl.load(page_ptr + position // PAGE_SIZE, mask=inside, other=0).to(tl.int64)
+            mask = inside[:, None] & mask_d
+        else:
+            page = tl.load(page_ptr + position // PAGE_SIZE).to(tl.int64)
+            mask = mask_d
+        slot = (position % PAGE_SIZE).to(tl.int64)
+        at_k = k_ptr + (page * stride_kp + slot * stride_kt)[:, None] + offs_d[None, :]
+        at_v = v_ptr + (page * stride_vp + slot * stride_vt)[:, None] + offs_d[None, :]
+        if MASKED or HEAD_DIM < BLOCK_D:
+            k = tl.load(at_k, mask=mask, other=0.0)
+            v = tl.load(at_v, mask=mask, other=0.0)
+        else:
+            k = tl.load(at_k)
+            v = tl.load(at_v)
+        k = k.to(q.dtype)
+        v = v.to(q.dtype)
+        logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        scale = logit_scale
+        if SOFT_CAP:
+            # tanh(x) = 1 - 2 / (exp2(2 x log2 e) + 1); the cap acts on natural logits, the scale already holds log2 e
+            x = logits * (logit_scale / soft_cap)
+            logits = 1.0 - 2.0 / (tl.exp2(2.0 * x) + 1.0)
+            scale = soft_cap * 1.4426950408889634
+        if MASKED:
+            logits = tl.where(inside[None, :] & (position[None, :] < row_stop[:, None]), logits, float("-inf"))
+        new_max = tl.maximum(row_max, tl.max(logits, 1))
+        safe = tl.where(new_max == float("-inf"), 0.0, new_max) * scale
+        weight = tl.exp2(logits * scale - safe[:, None])
+        decay = tl.exp2(row_max * scale - safe)
+        row_sum = row_sum * decay + tl.sum(weight, 1)
+        weight = weight.to(v.dtype)
+        acc = tl.dot(weight, v, acc * decay[:, None], input_precision=PRECISION)
+        if KBAR:
+            key_acc = tl.dot(weight, k, key_acc * decay[:, None], input_precision=PRECISION)
+        row_max = new_max
+    return row_max, row_sum, acc, key_acc
 
 
 @triton.jit
@@ -79,12 +152,31 @@ def fill_kernel(
         mask = mask_m[:, None] & mask_d[None, :]
         q_row = q_ptr + (q_end - 1 - age).to(tl.int64) * stride_qn + qo_head * stride_qh
         q = tl.load(q_row[:, None] + offs_d[None, :], mask=mask, other=0.0)
-        out, lse, key_mean = attend_tiles(
-            q, tl.zeros([BLOCK_M], tl.int32), stop, SINKS, tl.max(stop, 0), 2147483647, 0,
-            k_ptr + kv_head.to(tl.int64) * stride_kh, v_ptr + kv_head.to(tl.int64) * stride_vh,
-            page_ptr + first_page, stride_kp, stride_kt, stride_vp, stride_vt, logit_scale, soft_cap, k_scale, v_scale,
-            HEAD_DIM, BLOCK_M, BLOCK_D, BLOCK_N, PAGE_SIZE, SOFT_CAP, SCALES_ON_DEVICE, KBAR, PRECISION, STAGES,
+        k_scale = scale_of(k_scale, SCALES_ON_DEVICE)
+        row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        row_sum = tl.zeros([BLOCK_M], tl.float32)
+        out = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        key_mean = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        # every row sees all of the whole tiles before the first row's stop: only the last few tiles need a mask
+        seen = tl.min(tl.where(mask_m, stop, 2147483647), 0)
+        whole = SINKS + (seen - SINKS) // BLOCK_N * BLOCK_N
+        k_head = k_ptr + kv_head.to(tl.int64) * stride_kh
+        v_head = v_ptr + kv_head.to(tl.int64) * stride_vh
+        row_max, row_sum, out, key_mean = fold_tiles(
+            q, row_max, row_sum, out, key_mean, stop, SINKS, whole, k_head, v_head, page_ptr + first_page,
+            stride_kp, stride_kt, stride_vp, stride_vt, logit_scale * k_scale, soft_cap,
+            HEAD_DIM, BLOCK_D, BLOCK_N, PAGE_SIZE, SOFT_CAP, KBAR, False, PRECISION, STAGES,
         )  # fmt: skip
+        row_max, row_sum, out, key_mean = fold_tiles(
+            q, row_max, row_sum, out, key_mean, stop, whole, tl.max(stop, 0), k_head, v_head, page_ptr + first_page,
+            stride_kp, stride_kt, stride_vp, stride_vt, logit_scale * k_scale, soft_cap,
+            HEAD_DIM, BLOCK_D, BLOCK_N, PAGE_SIZE, SOFT_CAP, KBAR, True, PRECISION, 1,
+        )  # fmt: skip
+        divisor = tl.where(row_sum > 0, row_sum, 1.0)
+        top_scale = soft_cap * 1.4426950408889634 if SOFT_CAP else logit_scale * k_scale
+        lse = tl.where(row_sum > 0, tl.log2(divisor) + row_max * top_scale, float("-inf"))
+        out = out / divisor[:, None] * scale_of(v_scale, SCALES_ON_DEVICE)
+        key_mean = key_mean / divisor[:, None] * k_scale
         at_row = ring.to(tl.int64) * WINDOW + tl.where(mask_m, position, 0) % WINDOW
         at_head = at_row * NUM_QO_HEADS + qo_head
         to = at_head[:, None] * HEAD_DIM + offs_d[None, :]
