@@ -152,7 +152,7 @@ def fill_kernel(
         mask = mask_m[:, None] & mask_d[None, :]
         q_row = q_ptr + (q_end - 1 - age).to(tl.int64) * stride_qn + qo_head * stride_qh
         q = tl.load(q_row[:, None] + offs_d[None, :], mask=mask, other=0.0)
-        k_scale = scale_of(k_scale, SCALES_ON_DEVICE)
+        key_scale = scale_of(k_scale, SCALES_ON_DEVICE)
         row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
         row_sum = tl.zeros([BLOCK_M], tl.float32)
         out = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -164,19 +164,19 @@ def fill_kernel(
         v_head = v_ptr + kv_head.to(tl.int64) * stride_vh
         row_max, row_sum, out, key_mean = fold_tiles(
             q, row_max, row_sum, out, key_mean, stop, SINKS, whole, k_head, v_head, page_ptr + first_page,
-            stride_kp, stride_kt, stride_vp, stride_vt, logit_scale * k_scale, soft_cap,
+            stride_kp, stride_kt, stride_vp, stride_vt, logit_scale * key_scale, soft_cap,
             HEAD_DIM, BLOCK_D, BLOCK_N, PAGE_SIZE, SOFT_CAP, KBAR, False, PRECISION, STAGES,
         )  # fmt: skip
         row_max, row_sum, out, key_mean = fold_tiles(
             q, row_max, row_sum, out, key_mean, stop, whole, tl.max(stop, 0), k_head, v_head, page_ptr + first_page,
-            stride_kp, stride_kt, stride_vp, stride_vt, logit_scale * k_scale, soft_cap,
+            stride_kp, stride_kt, stride_vp, stride_vt, logit_scale * key_scale, soft_cap,
             HEAD_DIM, BLOCK_D, BLOCK_N, PAGE_SIZE, SOFT_CAP, KBAR, True, PRECISION, 1,
         )  # fmt: skip
         divisor = tl.where(row_sum > 0, row_sum, 1.0)
-        top_scale = soft_cap * 1.4426950408889634 if SOFT_CAP else logit_scale * k_scale
+        top_scale = soft_cap * 1.4426950408889634 if SOFT_CAP else logit_scale * key_scale
         lse = tl.where(row_sum > 0, tl.log2(divisor) + row_max * top_scale, float("-inf"))
         out = out / divisor[:, None] * scale_of(v_scale, SCALES_ON_DEVICE)
-        key_mean = key_mean / divisor[:, None] * k_scale
+        key_mean = key_mean / divisor[:, None] * key_scale
         at_row = ring.to(tl.int64) * WINDOW + tl.where(mask_m, position, 0) % WINDOW
         at_head = at_row * NUM_QO_HEADS + qo_head
         to = at_head[:, None] * HEAD_DIM + offs_d[None, :]
