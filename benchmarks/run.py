@@ -13,15 +13,15 @@ import torch
 from mac_kernels import MacConfig
 from mac_kernels.testing.scenario import random_store
 
-from . import fill, results
-from .decode import Measured, WrongResultError, run_case
+from . import fill, results, tca
+from .decode import BYPASSED, Measured, WrongResultError, run_case
 from .registry import DECODE, DecodeCase
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the chosen cases; 0 if all results were right, 1 if one was wrong, 2 without a GPU."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("suite", choices=["decode", "fill"])
+    parser.add_argument("suite", choices=["decode", "fill", "tca"])
     parser.add_argument("--only", default="", help="run the cases in whose name this pattern is found, e.g. G8-B64")
     parser.add_argument("--preset", default="careful")
     parser.add_argument("--no-correction", action="store_true", help="the preset without its correction")
@@ -46,6 +46,8 @@ def main(argv: list[str] | None = None) -> int:
         return fill.run(
             [case for case in fill.FILL if re.search(args.only, str(case))], config, path, facts, args.repeats
         )
+    if args.suite == "tca":
+        return tca.run([case for case in tca.TCA if re.search(args.only, str(case))], path, facts, args.repeats)
     wrong = 0
     cases = [case for case in DECODE if re.search(args.only, str(case))]
     for (layout, batch, context), group in itertools.groupby(cases, lambda c: (c.layout, c.batch, c.context)):
@@ -97,8 +99,9 @@ def _rows(case: DecodeCase, measured: Measured, config: MacConfig, name: str, fa
     rows = []
     for backend, timing in measured.latency.items():
         full = backend == "flashinfer-tc"
-        who = {"provider": backend if full else "mac", "backend": "fa2" if full else backend, "n": timing.n}
-        who["config"] = "full" if full else name
+        searching = backend.removesuffix(BYPASSED)
+        who = {"provider": backend if full else "mac", "backend": "fa2" if full else searching, "n": timing.n}
+        who["config"] = "full" if full else name + backend.removeprefix(searching)
         kv_bytes = measured.full_bytes if full else measured.mac_bytes
         quantiles = (timing.p20_us, timing.p50_us, timing.p80_us)
         rows.append({**common, **who, "metric": "latency", "unit": "us", **_three(quantiles)})

@@ -31,6 +31,10 @@ class Bypass:
         """Whether the layer's next step is bypassed, [] bool on the device."""
         return self.values[layer, _PAUSE] > 0
 
+    def pause(self, steps: int) -> None:
+        """Bypass the next ``steps`` steps of every layer."""
+        self.values[:, _PAUSE] = steps
+
     def update(self, layer: int, reason: torch.Tensor, break_even: float) -> None:
         """Count one step by the reasons [B, Hkv] of its groups."""
         state = self.values[layer]

@@ -11,7 +11,7 @@ import torch
 import triton
 
 from .attend.flashinfer import RangeAttention, Ranges, Scores
-from .attend.flashinfer_replan import replan
+from .attend.flashinfer_tiles import MIN_CHUNK, STEP, most_tiles, tiles_kernel
 from .complete.triton import complete_kernel
 from .errors import InputError
 from .fused import Arguments, FusedStep, kv_arguments, ring_arguments, taken_by
@@ -23,26 +23,32 @@ from .planning import Planned
 from .ring import RingPool
 
 _SCAN_ROWS = 128  # ring rows that a program scans
+_TILE_WARPS = 4
+_BLOCKS_PER_SM = 2  # of FlashInfer's kernel at once
+_MOST_SPLITS = 4  # of sinks and band: less than a tile of FlashInfer's kernel is no faster
 
 
 @dataclass(frozen=True, slots=True)
 class _Attention:
-    """FlashInfer's calls for one pair of dtypes, and where they write; the kernels read it as one part per group."""
+    """FlashInfer's calls for one pair of dtypes, and the tensors of that dtype between them and our kernels."""
 
     always: RangeAttention
     rest: RangeAttention
+    always_q: torch.Tensor
     always_out: torch.Tensor
-    rest_out: torch.Tensor
-    rest_key: torch.Tensor
+    tile_q: torch.Tensor
+    tile_out: torch.Tensor
+    tile_key: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)
 class _Launches:
-    """Arguments of our three kernels that do not change from step to step."""
+    """Arguments of our four kernels that do not change from step to step."""
 
     rings: RingPool
     scan: Arguments
     decide: Arguments
+    tiles: Arguments
     complete: Arguments
 
 
@@ -60,22 +66,29 @@ class ComposedStep(FusedStep):
 
     def __init__(self, planned: Planned) -> None:
         table, layout, config = planned.table, planned.layout, planned.config
-        groups = table.batch_size * layout.num_kv_heads
-        launch = default_launch(groups, config, 1)
-        super().__init__(planned, launch=dataclasses.replace(launch, splits=1, programs_per_sm=1))
+        batch, device = table.batch_size, table.device
+        groups = batch * layout.num_kv_heads
+        sms = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+        launch = default_launch(groups, config, sms)
+        splits = min(launch.splits, _MOST_SPLITS)
+        super().__init__(planned, launch=dataclasses.replace(launch, splits=splits, programs_per_sm=_BLOCKS_PER_SM))
         self._attentions: dict[tuple[torch.dtype, torch.dtype, str], _Attention] = {}
         self._launches: dict[tuple[object, ...], _Launches] = {}
         self._scores = Scores(planned.sm_scale, planned.logits_soft_cap)
-        sinks_and_band, device = config.sinks + config.band, table.device
-        self._entries = torch.zeros(table.batch_size * sinks_and_band, dtype=torch.int32, device=device)
-        bounds = torch.zeros(groups, 2, dtype=torch.int32, device=device)
-        self._always_ranges = Ranges(bounds, 2, torch.zeros(layout.group_size, dtype=torch.int32, device=device), 0)
-        self._rest_ranges = Ranges(self._info, self._info.stride(0), self._int, self._int.stride(0))
-        self._always_lse = torch.zeros(table.batch_size, layout.num_qo_heads, device=device)
-        self._rest_lse, self._spare_lse = torch.zeros_like(self._always_lse), torch.zeros_like(self._always_lse)
-        numbers = torch.arange(groups, dtype=torch.int32, device=device)
-        self._one_part_each = torch.stack([numbers, torch.ones_like(numbers)], 1)
+
+        def ints(*shape: int) -> torch.Tensor:
+            return torch.zeros(shape, dtype=torch.int32, device=device)
+
+        self._entries = ints(batch * (config.sinks + config.band))
+        self._always_ranges = Ranges(ints(splits * groups, 4), ints(layout.group_size), 0)
+        self._always_lse = torch.zeros(splits * batch, layout.num_qo_heads, device=device)
+        self._tiles = most_tiles(batch, self.programs)
+        self._rest_ranges = Ranges(ints(self._tiles * layout.num_kv_heads, 4), self._int, self._int.stride(0))
+        self._tile_lse = torch.zeros(self._tiles, layout.num_qo_heads, device=device)
+        self._spare_lse = torch.zeros_like(self._tile_lse)
+        self._table_begin = ints(batch)
         self._table_entries = flat_entries(table)
+        self._scan_splits = -(-config.window // _SCAN_ROWS)
 
     def run(
         self,
@@ -101,7 +114,7 @@ class ComposedStep(FusedStep):
             q, stride_b, stride_h, slots, generations, **bound.scan
         )
         attention.always.run(
-            q,
+            attention.always_q,
             tokens,
             self._always_ranges,
             self._scores,
@@ -109,27 +122,28 @@ class ComposedStep(FusedStep):
             lse2=self._always_lse,
             k_scale=kv.k_scale,
             v_scale=kv.v_scale,
+            pdl=self._pdl,
         )
         decide_kernel[(self._groups,)](q, stride_b, stride_h, slots, generations, **bound.decide)
-        self._attend_to_rest(q, kv, attention, with_keys=rings.correction)
-        complete_kernel[(self._groups * layout.group_size,)](out, out.stride(0), out.stride(1), **bound.complete)
+        tiles_kernel[(self._tiles,)](q, stride_b, stride_h, **bound.tiles)
+        self._attend_to_rest(kv, attention, with_keys=rings.correction)
+        programs = self._groups * -(-layout.group_size // self.launch.block_heads)
+        complete_kernel[(programs,)](out, out.stride(0), out.stride(1), **bound.complete)
 
-    def _attend_to_rest(self, q: torch.Tensor, kv: PagedKV, attention: _Attention, *, with_keys: bool) -> None:
+    def _attend_to_rest(self, kv: PagedKV, attention: _Attention, *, with_keys: bool) -> None:
         """Amended and missed ranges in one call; with keys as values in a second one, their weighted mean."""
-        rest, k, v = attention.rest, kv.k_cache, kv.v_cache
-        if rest.plan_buffers is not None:
-            replan(
-                rest.plan_buffers,
-                self._info,
-                batch_size=self._planned.table.batch_size,
-                num_kv_heads=self._planned.layout.num_kv_heads,
-                programs=rest.programs,
-                pdl=self._pdl,
-            )
-        attend = functools.partial(rest.run, q, ranges=self._rest_ranges, scores=self._scores, k_scale=kv.k_scale)
-        attend((k, v), out=attention.rest_out, lse2=self._rest_lse, v_scale=kv.v_scale)
+        k, v = kv.k_cache, kv.v_cache
+        attend = functools.partial(
+            attention.rest.run,
+            attention.tile_q,
+            ranges=self._rest_ranges,
+            scores=self._scores,
+            k_scale=kv.k_scale,
+            pdl=self._pdl,
+        )
+        attend((k, v), out=attention.tile_out, lse2=self._tile_lse, v_scale=kv.v_scale)
         if with_keys:
-            attend((k, k), out=attention.rest_key, lse2=self._spare_lse, v_scale=kv.k_scale)
+            attend((k, k), out=attention.tile_key, lse2=self._spare_lse, v_scale=kv.k_scale)
 
     def _attention(self, q_dtype: torch.dtype, kv: PagedKV) -> _Attention:
         key = (q_dtype, kv.k_cache.dtype, kv.kv_layout)
@@ -139,48 +153,73 @@ class ComposedStep(FusedStep):
 
     def _plan_attention(self, q_dtype: torch.dtype, kv: PagedKV) -> _Attention:
         check_cache(kv)
-        planned, config = self._planned, self._planned.config
+        planned, device = self._planned, self._entries.device
         batch, layout = planned.table.batch_size, planned.layout
-        plan: Any = functools.partial(RangeAttention, batch, layout, q_dtype=q_dtype, kv_dtype=kv.k_cache.dtype)
-        always = plan(
-            indices=self._entries, max_kv_len=config.sinks + config.band, page_size=1, kv_layout="NHD", split=False
+        plan: Any = functools.partial(RangeAttention, layout=layout, q_dtype=q_dtype, kv_dtype=kv.k_cache.dtype)
+
+        rows, entries = self.launch.splits * batch, self._entries.numel() // batch
+        ascending = torch.arange(max(rows, self._tiles) + 1, dtype=torch.int32, device=device)
+
+        def zeros(rows: int) -> torch.Tensor:
+            return torch.zeros(rows, layout.num_qo_heads, layout.head_dim, dtype=q_dtype, device=device)
+
+        always = plan(ascending[: rows + 1].clone(), indices=self._entries, page_size=1, kv_layout="NHD")
+        always.begin[:-1] = ascending[:rows] % batch * entries
+        return _Attention(
+            always,
+            plan(
+                ascending[: self._tiles + 1].clone(),
+                indices=self._table_entries,
+                page_size=planned.table.page_size,
+                kv_layout=kv.kv_layout,
+            ),
+            always_q=zeros(rows),
+            always_out=zeros(rows),
+            tile_q=zeros(self._tiles),
+            tile_out=zeros(self._tiles),
+            tile_key=zeros(self._tiles),
         )
-        rest = plan(
-            indices=self._table_entries,
-            max_kv_len=planned.max_kv_len,
-            page_size=planned.table.page_size,
-            kv_layout=kv.kv_layout,
-        )
-        shape = (batch, layout.num_qo_heads, layout.head_dim)
-        outs = (torch.zeros(shape, dtype=q_dtype, device=self._entries.device) for _ in range(3))
-        return _Attention(always, rest, *outs)
 
     def _bind_launches(
         self, q: torch.Tensor, kv: PagedKV, rings: RingPool, layer: int, attention: _Attention
     ) -> _Launches:
         check_cache(kv)
         layout, config, launch = self._planned.layout, self._planned.config, self.launch
+        batch = self._planned.table.batch_size
         values = {
             **self._workspace,
             **kv_arguments(kv, q.dtype),
             **ring_arguments(rings, layer),
             **self._rule(layer),
             "PDL": self._pdl,
+            "always_q_ptr": attention.always_q,
             "always_out_ptr": attention.always_out,
+            "ALWAYS_GROUP": 1,
+            "ALWAYS_SPLIT": self._groups,
             "always_lse_ptr": self._always_lse,
-            "parts_ptr": self._one_part_each,
-            "part_out_ptr": attention.rest_out,
-            "part_key_ptr": attention.rest_key,
-            "part_lse_ptr": self._rest_lse,
+            "part_out_ptr": attention.tile_out,
+            "part_key_ptr": attention.tile_key,
+            "part_lse_ptr": self._tile_lse,
+            "PART_STRIDE": layout.num_kv_heads,
             "entry_ptr": self._entries,
             "always_bounds_ptr": self._always_ranges.bounds,
-            "rest_begin_ptr": attention.rest.begin,
+            "entries_begin_ptr": self._table_begin,
+            "tile_q_ptr": attention.tile_q,
+            "tile_begin_ptr": attention.rest.begin,
+            "tile_bounds_ptr": self._rest_ranges.bounds,
+            "batch_size": batch,
+            "tiles": self._tiles,
+            "MIN_CHUNK": MIN_CHUNK,
+            "STEP": STEP,
             "page_units": page_units(kv),
             "BLOCK_E": triton.next_power_of_2(config.sinks + config.band),
             "BLOCK_H": triton.next_power_of_2(layout.num_kv_heads),
+            "BLOCK_B": triton.next_power_of_2(batch),
             "BLOCK_R": min(_SCAN_ROWS, triton.next_power_of_2(config.window)),
-            "SCAN_SPLITS": -(-config.window // _SCAN_ROWS),
-            "BLOCK_P": 1,
+            "SCAN_SPLITS": self._scan_splits,
+            "SCAN_IS_OLDER": True,
+            "BLOCK_HEADS": launch.block_heads,
+            "BLOCK_P": launch.block_parts,
         }
 
         def bind(kernel: Any, warps: int) -> Arguments:
@@ -191,7 +230,8 @@ class ComposedStep(FusedStep):
             rings,
             scan=bind(scan_kernel, launch.scout_warps),
             decide=bind(decide_kernel, launch.decide_warps),
-            complete=bind(complete_kernel, 1),
+            tiles=bind(tiles_kernel, _TILE_WARPS),
+            complete=bind(complete_kernel, launch.complete_warps),
         )
 
 

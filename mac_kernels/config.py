@@ -51,9 +51,10 @@ class MacConfig:
     recompute_loaded_groups : bool, default True
         If any head of a kv group needs its KV, all heads of the group are computed exactly. ``False`` is the rule of
         the paper, a control that only the reference backend runs.
-    break_even : float or None, in (0, 1), default None
+    break_even : float or None, in (0, 1), default 0.02
         Share of reused kv groups below which a layer stops matching for a while (:mod:`mac_kernels.bypass`); ``None``:
-        it never does. What other requests of a batch hit then decides, too, so it is off by default.
+        it never does. It forgoes less than this share of the KV reads, and saves the search. What the other requests
+        of a batch hit decides, too: where every output must depend on its own request alone, set ``None``.
     thresholds : table of float, optional
         ``threshold`` of every layer and query head (one number for all heads of a layer will do).
     influence_scale : table of float, ``> 0``, optional
@@ -82,7 +83,7 @@ class MacConfig:
     match_scope: MatchScope = "head"
     nominees: int | None = 12
     recompute_loaded_groups: bool = True
-    break_even: float | None = None
+    break_even: float | None = 0.02
     thresholds: HeadTable | None = None
     influence_scale: HeadTable | None = None
 
@@ -301,8 +302,15 @@ PRESETS: dict[str, MacConfig] = {
     "careful": MacConfig(),
     "balanced": MacConfig(influence=0.2),
     "fast": MacConfig(influence=0.3),
-    "exact": MacConfig(threshold=1.0),
-    "paper": MacConfig(influence=None, correction=False, max_age=None, nominees=None, recompute_loaded_groups=False),
+    "exact": MacConfig(threshold=1.0, break_even=None),
+    "paper": MacConfig(
+        influence=None,
+        correction=False,
+        max_age=None,
+        nominees=None,
+        recompute_loaded_groups=False,
+        break_even=None,
+    ),
 }
 """Named starting points, from careful to fast by their influence bound (reasons and figures: ``match/README.md``).
 ``exact`` runs the same ranges and merges with every group missed; ``paper`` is the published rule, a control for the

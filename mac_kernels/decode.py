@@ -12,7 +12,7 @@ from .config import MacConfig
 from .errors import InputError, PlanError
 from .handles import register
 from .paged import PagedKV, PageTable, RowTable, Scale
-from .planning import Explanation, Plan, make_plan
+from .planning import Explanation, Plan, ReferenceStep, make_plan
 from .ring import RingPool
 from .rope import Rope
 from .support import BACKENDS, Backend
@@ -345,3 +345,17 @@ class BatchMacDecodeWithPagedKVCacheWrapper:
         if self._plan is None:
             raise PlanError("plan() must be called before run() and explain()")
         return self._plan
+
+
+def stacked_trace(wrappers: Sequence[BatchMacDecodeWithPagedKVCacheWrapper]) -> StepTrace:
+    """What the last run of each wrapper decided, the wrappers (of one batch and config) stacked in front.
+
+    For the layers of a model: asked together, they cost the device what one costs.
+    """
+    steps = [wrapper._planned().step for wrapper in wrappers]
+    if all(isinstance(step, ReferenceStep) for step in steps):
+        return StepTrace(*map(torch.stack, zip(*(step.trace() for step in steps), strict=True)))
+    from .fused import FusedStep
+    from .fused import stacked_trace as stacked
+
+    return stacked([step for step in steps if isinstance(step, FusedStep)])

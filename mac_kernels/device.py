@@ -127,6 +127,44 @@ def quantize_image(image):
 
 
 @triton.jit
+def sketch_terms(
+    index_ptr,
+    sign_ptr,
+    TERMS: tl.constexpr,
+    SKETCH_DIM: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Which query entries a sketch adds up, their signs, and which of [BLOCK_T, BLOCK_K] there are."""
+    offs_t = tl.arange(0, BLOCK_T)[:, None]
+    offs_k = tl.arange(0, BLOCK_K)[None, :]
+    mask = (offs_t < TERMS) & (offs_k < SKETCH_DIM)
+    index = tl.load(index_ptr + offs_t * SKETCH_DIM + offs_k, mask=mask, other=0)
+    sign = tl.load(sign_ptr + offs_t * SKETCH_DIM + offs_k, mask=mask, other=0.0)
+    return index, sign, mask
+
+
+@triton.jit
+def image_of(
+    q_ptr,
+    stride_h,
+    cos_sin_ptr,
+    position,
+    index,
+    sign,
+    mask,
+    HEAD_DIM: tl.constexpr,
+    ROTARY_DIM: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+):
+    """Signed sums of the group's pre-RoPE queries, [BLOCK_K] fp32."""
+    dim = index % HEAD_DIM
+    other, cos, sin = rotation_at(cos_sin_ptr, position, dim, ROTARY_DIM, INTERLEAVED)
+    value = load_unrotated(q_ptr, stride_h, index // HEAD_DIM, dim, mask, other, cos, sin)
+    return tl.sum(value * sign, 0)
+
+
+@triton.jit
 def sketch_image(
     q_ptr,
     stride_h,
@@ -142,13 +180,6 @@ def sketch_image(
     BLOCK_T: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Signed sums of the group's pre-RoPE queries, [BLOCK_K] fp32."""
-    offs_t = tl.arange(0, BLOCK_T)[:, None]
-    offs_k = tl.arange(0, BLOCK_K)[None, :]
-    mask = (offs_t < TERMS) & (offs_k < SKETCH_DIM)
-    index = tl.load(index_ptr + offs_t * SKETCH_DIM + offs_k, mask=mask, other=0)
-    sign = tl.load(sign_ptr + offs_t * SKETCH_DIM + offs_k, mask=mask, other=0.0)
-    dim = index % HEAD_DIM
-    other, cos, sin = rotation_at(cos_sin_ptr, position, dim, ROTARY_DIM, INTERLEAVED)
-    value = load_unrotated(q_ptr, stride_h, index // HEAD_DIM, dim, mask, other, cos, sin)
-    return tl.sum(value * sign, 0)
+    """:func:`image_of` where nothing is to be loaded beside it."""
+    index, sign, mask = sketch_terms(index_ptr, sign_ptr, TERMS, SKETCH_DIM, BLOCK_T, BLOCK_K)
+    return image_of(q_ptr, stride_h, cos_sin_ptr, position, index, sign, mask, HEAD_DIM, ROTARY_DIM, INTERLEAVED)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +11,9 @@ import triton
 
 from .attend.triton import rest_kernel
 from .complete.triton import complete_kernel
+from .complete.triton_hit import decide_and_finish_kernel
 from .errors import UnsupportedError
-from .launch import LaunchParams, block_n, default_launch
+from .launch import LaunchParams, block_n, default_launch, nominees_at_once
 from .match.accept import limit_tables
 from .match.triton import scout_kernel
 from .match.triton_decide import decide_kernel
@@ -134,7 +136,13 @@ class FusedStep:
             bound = self._bound[form] = self._bind(q, kv, rings, layer)
         aligned = address % 16 == 0
         bound.scout(q, stride_b, stride_h, k, v, slots, generations, k_scale, v_scale, aligned=aligned)
-        bound.decide(q, stride_b, stride_h, slots, generations, aligned=aligned)
+        if self.launch.finish_hits:
+            bound.decide(
+                q, stride_b, stride_h, k, v, slots, generations, k_scale, v_scale, out, out_stride_b, out_stride_h,
+                aligned=aligned,
+            )  # fmt: skip
+        else:
+            bound.decide(q, stride_b, stride_h, slots, generations, aligned=aligned)
         bound.rest(q, stride_b, stride_h, k, v, k_scale, v_scale, aligned=aligned)
         bound.complete(out, out_stride_b, out_stride_h, aligned=aligned)
 
@@ -175,7 +183,13 @@ class FusedStep:
                 BLOCK_N=block_n(launch.scout_tile_bytes, block_d, itemsize, band),
                 STAGES=launch.scout_stages,
             ),
-            decide=bind(decide_kernel, self._groups, launch.decide_warps),
+            decide=bind(
+                decide_and_finish_kernel if launch.finish_hits else decide_kernel,
+                self._groups,
+                launch.decide_warps,
+                BLOCK_N=block_n(launch.decide_tile_bytes, block_d, itemsize),
+                STAGES=launch.decide_stages,
+            ),
             rest=bind(
                 rest_kernel,
                 self.programs,
@@ -185,18 +199,18 @@ class FusedStep:
             ),
             complete=bind(
                 complete_kernel,
-                self._groups * kv.layout.group_size,
+                self._groups * -(-kv.layout.group_size // launch.block_heads),
                 launch.complete_warps,
                 BLOCK_P=launch.block_parts,
+                BLOCK_HEADS=launch.block_heads,
             ),
         )
 
     def _rule(self, layer: int) -> Arguments:
         """What depends on config, rotation and workspace."""
         planned, launch = self._planned, self.launch
-        config, rope, nominees = planned.config, planned.rope, planned.config.nominees or 1
-        block_nominees = triton.next_power_of_2(nominees)
-        block_g = triton.next_power_of_2(planned.layout.group_size)
+        config, rope, layout = planned.config, planned.rope, planned.layout
+        gathered = triton.next_power_of_2(layout.group_size) * _block_d(layout.head_dim)  # numbers of a nominated row
         of_layer = min(layer, len(self._caps) - 1)  # one row serves all layers if they do not differ
         return {
             "logit_scale": planned.sm_scale * LOG2_E,
@@ -206,13 +220,14 @@ class FusedStep:
             "max_age": _INT32_MAX if config.max_age is None else config.max_age,
             "min_context": config.min_context,
             "break_even": config.break_even or 0.0,
+            "SCAN_IS_OLDER": False,
             "num_groups": self._groups,
             "num_programs": self.programs,
             "BAND": config.band,
             "SINKS": config.sinks,
-            "NOMINEES": nominees,
-            "BLOCK_NOMINEES": block_nominees,
-            "NOMINEES_AT_ONCE": min(block_nominees, max(1, 64 // block_g)),
+            "NOMINEES": config.nominees or 1,
+            "BLOCK_NOMINEES": triton.next_power_of_2(config.nominees or 1),
+            "NOMINEES_AT_ONCE": nominees_at_once(config, launch.decide_warps, gathered),
             "GROUP_SCOPE": config.match_scope == "group",
             "CORRECTION": config.correction,
             "BYPASS": config.break_even is not None,
@@ -220,31 +235,45 @@ class FusedStep:
             "ROTARY_DIM": rope.rotary_dim,
             "INTERLEAVED": rope.interleaved,
             "SPLITS": launch.splits,
+            "ALWAYS_GROUP": launch.splits,  # the parts of a group follow each other
+            "ALWAYS_SPLIT": 1,
+            "PART_STRIDE": 1,
             "BLOCK_SPLITS": triton.next_power_of_2(launch.splits),
             "BLOCK_GROUPS": triton.next_power_of_2(self._groups),
         }
 
     def trace(self) -> StepTrace:
-        """What the last run decided (views and small copies on the device)."""
-        layout, config, batch = self._planned.layout, self._planned.config, self._planned.table.batch_size
-        heads = (batch, layout.num_qo_heads)
-        info = self._info.view(batch, layout.num_kv_heads, _FIELDS).long()
-        bits = torch.arange(layout.group_size, device=info.device)
-        kv_len = info[:, 0, 2] + 1
-        stop = torch.clamp(kv_len - config.band, min=config.sinks)
-        low = info[..., 0]
-        read = (stop[:, None] - low).clamp(min=0) + (kv_len - stop).clamp(min=0)[:, None] + config.sinks
-        return StepTrace(
-            reason=info[..., 6],
-            head_hit=((info[..., 7, None] >> bits) & 1).bool().reshape(heads),
-            matched_pos=self._int[:, 2].long().reshape(heads),
-            distance=self._float[:, 1].clone().reshape(heads),
-            weight_bound=self._float[:, 2].clone().reshape(heads),
-            start=self._int[:, 0].long().reshape(heads),
-            stop=stop,
-            kv_read=torch.minimum(read, kv_len[:, None]),
-            kv_len=kv_len,
-        )
+        """What the last run decided (copies on the device)."""
+        return StepTrace(*(values[0] for values in stacked_trace([self])))
+
+
+def stacked_trace(steps: Sequence[FusedStep]) -> StepTrace:
+    """What the last run of each step decided, the steps (of one batch and config) stacked in front.
+
+    Together they cost what one costs.
+    """
+    planned = steps[0]._planned
+    layout, config = planned.layout, planned.config
+    count, batch = len(steps), planned.table.batch_size
+    heads = (count, batch, layout.num_qo_heads)
+    info = torch.stack([step._info for step in steps]).view(count, batch, layout.num_kv_heads, _FIELDS).long()
+    whole = torch.stack([step._int for step in steps])
+    real = torch.stack([step._float for step in steps])
+    bits = torch.arange(layout.group_size, device=info.device)
+    kv_len = info[:, :, 0, 2] + 1
+    stop = torch.clamp(kv_len - config.band, min=config.sinks)
+    read = (stop[..., None] - info[..., 0]).clamp(min=0) + (kv_len - stop).clamp(min=0)[..., None] + config.sinks
+    return StepTrace(
+        reason=info[..., 6],
+        head_hit=((info[..., 7, None] >> bits) & 1).bool().reshape(heads),
+        matched_pos=whole[:, :, 2].long().reshape(heads),
+        distance=real[:, :, 1].reshape(heads),
+        weight_bound=real[:, :, 2].reshape(heads),
+        start=whole[:, :, 0].long().reshape(heads),
+        stop=stop,
+        kv_read=torch.minimum(read, kv_len[..., None]),
+        kv_len=kv_len,
+    )
 
 
 def taken_by(kernel: Any, values: Arguments) -> Arguments:

@@ -6,14 +6,17 @@ from dataclasses import dataclass
 
 from .config import MacConfig
 
+_NUMBERS_PER_THREAD = 64  # of nominated rows
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LaunchParams:
     """Launch parameters of the kernels; the defaults are safe on every GPU that the backend supports.
 
     Scout: ``splits`` programs per kv group scan the ring, ``block_rows`` rows at a time, and as many attend to band and
-    sinks. Decide: one program per kv group. Rest: ``programs_per_sm``. Both attend to ``..._tile_bytes`` of keys and
-    values at once. Complete: ``block_parts`` parts merged at once. Warps and stages as in Triton.
+    sinks. Decide: one program per kv group, which also attends to the rest of a reused one. Rest: ``programs_per_sm``.
+    All three attend to ``..._tile_bytes`` of keys and values at once. Complete: ``block_parts`` parts of
+    ``block_heads`` heads merged at once. Warps and stages as in Triton.
     """
 
     splits: int = 1
@@ -21,12 +24,16 @@ class LaunchParams:
     scout_warps: int = 4
     scout_stages: int = 2
     block_rows: int = 64
+    finish_hits: int = 0
+    decide_tile_bytes: int = 32 * 1024
     decide_warps: int = 4
+    decide_stages: int = 2
     programs_per_sm: int = 2
     rest_tile_bytes: int = 32 * 1024
     rest_warps: int = 4
     rest_stages: int = 5
     block_parts: int = 8
+    block_heads: int = 1
     complete_warps: int = 2
 
 
@@ -59,3 +66,13 @@ def block_n(tile_bytes: int, block_d: int, itemsize: int, most: int = 128) -> in
     """Keys per tile: the power of two that fits, at least the tensor cores' 16."""
     fitting = max(1, tile_bytes // (2 * block_d * itemsize))
     return max(16, min(most, 1 << (fitting.bit_length() - 1)))
+
+
+def nominees_at_once(config: MacConfig, warps: int, numbers: int) -> int:
+    """Nominated rows of ``numbers`` numbers each that so many warps judge at once, a power of two."""
+    fitting = max(1, _NUMBERS_PER_THREAD * 32 * warps // numbers)
+    return min(_power_of_two(config.nominees or 1), 1 << (fitting.bit_length() - 1))
+
+
+def _power_of_two(count: int) -> int:
+    return 1 << (count - 1).bit_length()

@@ -199,16 +199,24 @@ def rest_kernel(
         q_group = q_ptr + request.to(tl.int64) * stride_qb + kv_head * GROUP * stride_qh
         q = tl.load(q_group + head[:, None] * stride_qh + offs_d[None, :], mask=mask, other=0.0)
         start = tl.load(decision_int_ptr + group * (3 * GROUP) + head, mask=mask_h, other=2147483647)
-        out, lse, key = attend_tiles(
-            q, start, tl.full([BLOCK_M], 2147483647, tl.int32),
-            low + (run - begin_tile) * BLOCK_N,
-            tl.minimum(low + (stop_tile - begin_tile) * BLOCK_N, high), 2147483647, 0,
-            k_ptr + kv_head.to(tl.int64) * stride_kh,
-            v_ptr + kv_head.to(tl.int64) * stride_vh,
-            page_ptr + first_entry(request, begin_ptr, ROW_STRIDE),
-            stride_kp, stride_kt, stride_vp, stride_vt, logit_scale, soft_cap, k_scale, v_scale,
-            HEAD_DIM, BLOCK_M, BLOCK_D, BLOCK_N, PAGE_SIZE, SOFT_CAP, SCALES_ON_DEVICE, KBAR, PRECISION, STAGES,
-        )  # fmt: skip
+        stop = tl.full([BLOCK_M], 2147483647, tl.int32)
+        first = low + (run - begin_tile) * BLOCK_N
+        last = tl.minimum(low + (stop_tile - begin_tile) * BLOCK_N, high)
+        k_head = k_ptr + kv_head.to(tl.int64) * stride_kh
+        v_head = v_ptr + kv_head.to(tl.int64) * stride_vh
+        pages = page_ptr + first_entry(request, begin_ptr, ROW_STRIDE)
+        if stop_tile - run == 1:  # the rest of a hit: a pipeline of one tile would only walk through its empty stages
+            out, lse, key = attend_tiles(
+                q, start, stop, first, last, 2147483647, 0, k_head, v_head, pages,
+                stride_kp, stride_kt, stride_vp, stride_vt, logit_scale, soft_cap, k_scale, v_scale,
+                HEAD_DIM, BLOCK_M, BLOCK_D, BLOCK_N, PAGE_SIZE, SOFT_CAP, SCALES_ON_DEVICE, KBAR, PRECISION, 1,
+            )  # fmt: skip
+        else:
+            out, lse, key = attend_tiles(
+                q, start, stop, first, last, 2147483647, 0, k_head, v_head, pages,
+                stride_kp, stride_kt, stride_vp, stride_vt, logit_scale, soft_cap, k_scale, v_scale,
+                HEAD_DIM, BLOCK_M, BLOCK_D, BLOCK_N, PAGE_SIZE, SOFT_CAP, SCALES_ON_DEVICE, KBAR, PRECISION, STAGES,
+            )  # fmt: skip
         part = program + group
         base = part.to(tl.int64) * (GROUP * HEAD_DIM)
         tile = head[:, None] * HEAD_DIM + offs_d[None, :]

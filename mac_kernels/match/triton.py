@@ -10,9 +10,43 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ..attend.triton import attend_tiles
-from ..device import load_unrotated, position_of, quantize_image, ring_of, rotation_at, rows_to_search, sketch_image
+from ..device import (
+    image_of,
+    load_unrotated,
+    position_of,
+    quantize_image,
+    ring_of,
+    rotation_at,
+    rows_to_search,
+    sketch_terms,
+)
 
 _NEVER = tl.constexpr(2147483647)
+
+
+@triton.jit
+def load_rows(
+    first,
+    last,
+    ring_row,
+    kv_head,
+    ring_pos_ptr,
+    ring_sketch_ptr,
+    ring_scale_ptr,
+    NUM_KV_HEADS: tl.constexpr,
+    SKETCH_DIM: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """Positions, sketches and their scales of the rows ``[first, last)``; position -1 beyond them."""
+    row = first + tl.arange(0, BLOCK_R)
+    offs_k = tl.arange(0, BLOCK_K)
+    inside = row < last
+    at = (ring_row + row) * NUM_KV_HEADS + kv_head
+    mask = inside[:, None] & (offs_k < SKETCH_DIM)[None, :]
+    pos = tl.load(ring_pos_ptr + ring_row + row, mask=inside, other=-1)
+    codes = tl.load(ring_sketch_ptr + at[:, None] * SKETCH_DIM + offs_k[None, :], mask=mask, other=0)
+    return pos, codes, tl.load(ring_scale_ptr + at, mask=inside, other=0.0)
 
 
 @triton.jit
@@ -54,18 +88,39 @@ def scan_sketch(
     """Keys of this split's share of the first ``num_rows`` rows; ``_NEVER`` if ineligible.
 
     A key is the squared sketch distance, its last bits replaced by the lag. The first split also writes the query and
-    the sketch of the new row, if ``write``.
+    the sketch of the new row, if ``write``. Loads that do not depend on each other come first: the kernel is short, and
+    each trip to memory is a good part of it.
     """
-    image = sketch_image(
-        q_group, stride_qh, cos_sin_ptr, position, sketch_index_ptr, sketch_sign_ptr,
-        HEAD_DIM, ROTARY_DIM, INTERLEAVED, TERMS, SKETCH_DIM, BLOCK_T, BLOCK_K,
-    )  # fmt: skip
+    rows_per_split: tl.constexpr = (WINDOW + SPLITS - 1) // SPLITS
+    index, sign, known = sketch_terms(sketch_index_ptr, sketch_sign_ptr, TERMS, SKETCH_DIM, BLOCK_T, BLOCK_K)
+    ring_row = tl.maximum(ring, 0).to(tl.int64) * WINDOW
+    begin = split * rows_per_split
+    last = tl.minimum(tl.minimum(begin + rows_per_split, WINDOW), num_rows)
+    at_once: tl.constexpr = rows_per_split <= BLOCK_R
+    if at_once:
+        pos, stored, stored_scale = load_rows(
+            begin, last, ring_row, kv_head, ring_pos_ptr, ring_sketch_ptr, ring_scale_ptr,
+            NUM_KV_HEADS, SKETCH_DIM, BLOCK_K, BLOCK_R,
+        )  # fmt: skip
+    image = image_of(q_group, stride_qh, cos_sin_ptr, position, index, sign, known, HEAD_DIM, ROTARY_DIM, INTERLEAVED)
     codes, scale = quantize_image(image)
     query = codes * scale
-    offs_k = tl.arange(0, BLOCK_K)
+    for first in range(begin, last, BLOCK_R):
+        if not at_once:
+            pos, stored, stored_scale = load_rows(
+                first, last, ring_row, kv_head, ring_pos_ptr, ring_sketch_ptr, ring_scale_ptr,
+                NUM_KV_HEADS, SKETCH_DIM, BLOCK_K, BLOCK_R,
+            )  # fmt: skip
+        eligible = (pos > position - WINDOW) & (pos < position) & (pos + 1 - BAND > SINKS)
+        gap = stored.to(tl.float32) * stored_scale[:, None] - query[None, :]
+        bits = tl.sum(gap * gap, 1).to(tl.int32, bitcast=True)  # ordered like the distances, which are >= 0
+        key = bits // BLOCK_W * BLOCK_W + (position - pos)
+        row = first + tl.arange(0, BLOCK_R)
+        tl.store(scan_ptr + row, tl.where(eligible, key, _NEVER), mask=row < last)
     if write & (split == 0):
         # the row at m - W is overwritten from here on; nothing matches it any more, its tag is still the old position
-        at = ring.to(tl.int64) * WINDOW + position % WINDOW
+        at = ring_row + position % WINDOW
+        offs_k = tl.arange(0, BLOCK_K)
         head = tl.arange(0, BLOCK_G)
         offs_d = tl.arange(0, BLOCK_D)
         mask = (head < GROUP)[:, None] & (offs_d < HEAD_DIM)[None, :]
@@ -79,21 +134,6 @@ def scan_sketch(
         at = at * NUM_KV_HEADS + kv_head
         tl.store(ring_sketch_ptr + at * SKETCH_DIM + offs_k, codes.to(tl.int8), mask=offs_k < SKETCH_DIM)
         tl.store(ring_scale_ptr + at, scale)
-    rows_per_split: tl.constexpr = (WINDOW + SPLITS - 1) // SPLITS
-    ring_row = ring.to(tl.int64) * WINDOW
-    for first in range(split * rows_per_split, tl.minimum((split + 1) * rows_per_split, num_rows), BLOCK_R):
-        row = first + tl.arange(0, BLOCK_R)
-        inside = (row < WINDOW) & (row < (split + 1) * rows_per_split)
-        pos = tl.load(ring_pos_ptr + ring_row + row, mask=inside, other=-1)
-        eligible = (pos > position - WINDOW) & (pos < position) & (pos + 1 - BAND > SINKS)
-        at = (ring_row + row) * NUM_KV_HEADS + kv_head
-        mask = inside[:, None] & (offs_k < SKETCH_DIM)[None, :]
-        stored = tl.load(ring_sketch_ptr + at[:, None] * SKETCH_DIM + offs_k[None, :], mask=mask, other=0)
-        stored_scale = tl.load(ring_scale_ptr + at, mask=inside, other=0.0)
-        gap = stored.to(tl.float32) * stored_scale[:, None] - query[None, :]
-        bits = tl.sum(gap * gap, 1).to(tl.int32, bitcast=True)  # ordered like the distances, which are >= 0
-        key = bits // BLOCK_W * BLOCK_W + (position - pos)
-        tl.store(scan_ptr + row, tl.where(eligible, key, _NEVER), mask=inside)
 
 
 @triton.jit
@@ -173,15 +213,14 @@ def scout_kernel(
     q_group = q_ptr + request.to(tl.int64) * stride_qb + kv_head * GROUP * stride_qh
     if split >= SPLITS:
         ring, owned = ring_of(request, slots_ptr, generations_ptr, slot_table_ptr, ring_generation_ptr, num_slots)
-        if ring >= 0:
-            scan_sketch(
-                q_group, stride_qh, cos_sin_ptr, position, ring, owned & (position >= 0),
-                rows_to_search(bypass_ptr, WINDOW, BYPASS), kv_head, split - SPLITS,
-                ring_q_ptr, ring_pos_ptr, ring_sketch_ptr, ring_scale_ptr, sketch_index_ptr, sketch_sign_ptr,
-                scan_ptr + group * WINDOW,
-                BAND, SINKS, WINDOW, BLOCK_W, NUM_KV_HEADS, GROUP, BLOCK_G, HEAD_DIM, BLOCK_D, ROTARY_DIM, INTERLEAVED,
-                TERMS, SKETCH_DIM, BLOCK_T, BLOCK_K, BLOCK_R, SPLITS,
-            )  # fmt: skip
+        rows = tl.where(ring >= 0, rows_to_search(bypass_ptr, WINDOW, BYPASS), 0)
+        scan_sketch(
+            q_group, stride_qh, cos_sin_ptr, position, ring, owned & (position >= 0), rows, kv_head, split - SPLITS,
+            ring_q_ptr, ring_pos_ptr, ring_sketch_ptr, ring_scale_ptr, sketch_index_ptr, sketch_sign_ptr,
+            scan_ptr + group * WINDOW,
+            BAND, SINKS, WINDOW, BLOCK_W, NUM_KV_HEADS, GROUP, BLOCK_G, HEAD_DIM, BLOCK_D, ROTARY_DIM, INTERLEAVED,
+            TERMS, SKETCH_DIM, BLOCK_T, BLOCK_K, BLOCK_R, SPLITS,
+        )  # fmt: skip
     else:
         head = tl.arange(0, BLOCK_M)
         offs_d = tl.arange(0, BLOCK_D)

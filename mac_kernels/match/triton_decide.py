@@ -1,8 +1,4 @@
-"""Match on the GPU, second launch: exact distances of the nominated rows, then the decision of every kv group.
-
-Loops are not unrolled where latency allows it: every program runs once through its code, and fetching instructions
-costs more than the loop.
-"""
+"""Match on the GPU, second launch: exact distances of the nominated rows, then the decision of every kv group."""
 
 from __future__ import annotations
 
@@ -11,6 +7,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ..device import load_unrotated, position_of, ring_of, rotation_at, rows_to_search
+from .triton_nominate import INFINITE_KEY, key_pos, nearest_of, nominate
 
 # Reason codes of mac_kernels.types.Reason
 _HIT = tl.constexpr(0)
@@ -23,102 +20,11 @@ _AGE = tl.constexpr(6)
 _INFLUENCE = tl.constexpr(7)
 _NUM_REASONS = tl.constexpr(8)
 _NEVER = tl.constexpr(2147483647)
-_INFINITE_KEY = tl.constexpr(0x7F800000 << 32)  # of an infinite distance; NaN lies above
 
 
 @triton.jit
-def nearest_key(distance, pos):
-    """Sortable key: smaller distance first, then the newer position. Distances are >= 0, so their bits are ordered."""
-    bits = distance.to(tl.int32, bitcast=True).to(tl.int64)
-    return (bits << 32) | (-tl.maximum(pos, 0) + _NEVER).to(tl.int64)
-
-
-@triton.jit
-def key_pos(key):
-    """The position of a key."""
-    return -((key & _NEVER).to(tl.int32)) + _NEVER
-
-
-@triton.jit
-def nominate(
-    scan_ptr,
-    position,
-    WINDOW: tl.constexpr,
-    BLOCK_W: tl.constexpr,
-    NOMINEES: tl.constexpr,
-    BLOCK_NOMINEES: tl.constexpr,
-):
-    """Positions of the nearest rows by sketch, [BLOCK_NOMINEES] int32, -1 where there are fewer."""
-    row = tl.arange(0, BLOCK_W)
-    key = tl.load(scan_ptr + row, mask=row < WINDOW, other=_NEVER)
-    slot = tl.arange(0, BLOCK_NOMINEES)
-    nominated = tl.full([BLOCK_NOMINEES], -1, tl.int32)
-    for k in range(NOMINEES):
-        best = tl.min(key, 0)
-        nominated = tl.where(slot == k, tl.where(best == _NEVER, -1, position - best % BLOCK_W), nominated)
-        key = tl.where(key == best, _NEVER, key)
-    return nominated
-
-
-@triton.jit
-def nearest_of(
-    nominated,
-    q_pre,
-    ring_q_ptr,
-    ring_row,
-    kv_head,
-    WINDOW: tl.constexpr,
-    NUM_QO_HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    BLOCK_G: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_NOMINEES: tl.constexpr,
-    NOMINEES_AT_ONCE: tl.constexpr,
-    GROUP_SCOPE: tl.constexpr,
-):
-    """Key of every head's nearest nominated row by exact distance, [BLOCK_G]; one for all with ``GROUP_SCOPE``."""
-    head = tl.arange(0, BLOCK_G)
-    offs_d = tl.arange(0, BLOCK_D)
-    mask_h = head < GROUP
-    mask = mask_h[:, None] & (offs_d < HEAD_DIM)[None, :]
-    slot = tl.arange(0, BLOCK_NOMINEES)
-    infinite = tl.full([BLOCK_G], _INFINITE_KEY, tl.int64)
-    best = infinite
-    for first in range(0, BLOCK_NOMINEES, NOMINEES_AT_ONCE):
-        pick = slot[None, :] == (first + tl.arange(0, NOMINEES_AT_ONCE))[:, None]
-        pos = tl.sum(tl.where(pick, nominated[None, :], 0), 1)
-        valid = pos >= 0
-        at = (ring_row + tl.where(valid, pos % WINDOW, 0)) * NUM_QO_HEADS + kv_head * GROUP
-        stored = tl.load(
-            ring_q_ptr + (at[:, None, None] + head[None, :, None]) * HEAD_DIM + offs_d[None, None, :],
-            mask=valid[:, None, None] & mask[None, :, :],
-            other=0.0,
-        )
-        gap = stored.to(tl.float32) - q_pre[None, :, :]
-        distance = tl.sqrt(tl.sum(gap * gap, 2))  # [NOMINEES_AT_ONCE, BLOCK_G]
-        distance = tl.where(mask_h[None, :], distance, 0.0)
-        if GROUP_SCOPE:
-            distance = tl.broadcast_to(tl.max(distance, 1)[:, None], distance.shape)
-        key = nearest_key(distance, tl.broadcast_to(pos[:, None], distance.shape))
-        best = tl.minimum(best, tl.min(tl.where(valid[:, None], key, infinite[None, :]), 0))
-    return best
-
-
-@triton.jit
-def weight_bound_of(
-    always_lse_ptr,
-    lse,
-    SPLITS: tl.constexpr,
-    BLOCK_SPLITS: tl.constexpr,
-    GROUP: tl.constexpr,
-    BLOCK_G: tl.constexpr,
-):
-    """The weight that every head's reused state would get beside band and sinks if there were no rest, [BLOCK_G]."""
-    split = tl.arange(0, BLOCK_SPLITS)[:, None]
-    head = tl.arange(0, BLOCK_G)[None, :]
-    mask = (split < SPLITS) & (head < GROUP)
-    parts = tl.load(always_lse_ptr + split * GROUP + head, mask=mask, other=float("-inf"))
+def weight_bound_of(parts, lse):
+    """The weight that each reused state would get beside band and sinks, [SPLITS, G], if there were no rest, [G]."""
     top = tl.maximum(tl.max(parts, 0), lse)
     top = tl.where(top == float("-inf"), 0.0, top)
     own = tl.exp2(lse - top)
@@ -150,6 +56,176 @@ def count_group(counters_ptr, bypass_ptr, reason, read, kv_len, BYPASS: tl.const
     if BYPASS:
         tl.atomic_add(bypass_ptr, (reason == _HIT).to(tl.int32), sem="relaxed")
         tl.atomic_add(bypass_ptr + 1, ((reason == _HIT) | (reason >= _DISTANCE)).to(tl.int32), sem="relaxed")
+
+
+@triton.jit
+def known_before(
+    request,
+    kv_head,
+    position,
+    q_group,
+    stride_qh,
+    slots_ptr,
+    generations_ptr,
+    slot_table_ptr,
+    ring_generation_ptr,
+    num_slots,
+    bypass_ptr,
+    cap_ptr,
+    influence_ptr,
+    cos_sin_ptr,
+    WINDOW: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ROTARY_DIM: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    BYPASS: tl.constexpr,
+):
+    """What a decision needs and the scan does not change: ``(ring or -1, rows to search, q_pre, cap, influence)``."""
+    ring, owned = ring_of(request, slots_ptr, generations_ptr, slot_table_ptr, ring_generation_ptr, num_slots)
+    head = tl.arange(0, BLOCK_G)
+    offs_d = tl.arange(0, BLOCK_D)
+    mask_h = head < GROUP
+    mask = mask_h[:, None] & (offs_d < HEAD_DIM)[None, :]
+    other, cos, sin = rotation_at(cos_sin_ptr, position, offs_d, ROTARY_DIM, INTERLEAVED)
+    q_pre = load_unrotated(
+        q_group, stride_qh, head[:, None], offs_d[None, :], mask, other[None, :], cos[None, :], sin[None, :]
+    )
+    cap = tl.load(cap_ptr + kv_head * GROUP + head, mask=mask_h, other=0.0)
+    influence = tl.load(influence_ptr + kv_head * GROUP + head, mask=mask_h, other=0.0)
+    return tl.where(owned, ring, -1), rows_to_search(bypass_ptr, WINDOW, BYPASS), q_pre, cap, influence
+
+
+@triton.jit
+def decide_group(
+    group,
+    kv_head,
+    position,
+    ring,  # as of known_before(), this and the next four
+    num_rows,
+    q_pre,
+    cap,
+    influence,
+    key,  # of each ring row, [BLOCK_W]
+    ring_q_ptr,
+    ring_key_ptr,
+    ring_lse_ptr,
+    ring_anchor_ptr,
+    counters_ptr,
+    always_lse_ptr,  # first part of the group
+    decision_int_ptr,
+    decision_float_ptr,
+    group_ptr,
+    bypass_ptr,
+    logit_scale,
+    max_age,
+    min_context,
+    FINISHES: tl.constexpr,
+    BAND: tl.constexpr,
+    SINKS: tl.constexpr,
+    WINDOW: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    NUM_QO_HEADS: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    NOMINEES: tl.constexpr,
+    BLOCK_NOMINEES: tl.constexpr,
+    NOMINEES_AT_ONCE: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_SPLITS: tl.constexpr,
+    ALWAYS_SPLIT: tl.constexpr,
+    GROUP_SCOPE: tl.constexpr,
+    CORRECTION: tl.constexpr,
+    BYPASS: tl.constexpr,
+    WAITS: tl.constexpr,
+):
+    """Decide one group and note it; returns ``(reuse, low, stop, anchor)``.
+
+    ``FINISHES``: a reused group is finished by the caller; its range is noted as none. ``WAITS``: the previous launch
+    attends to sinks and band; only what it gives is waited for.
+    """
+    kv_len = position + 1
+    stop = tl.maximum(kv_len - BAND, SINKS)
+    head = tl.arange(0, BLOCK_G)
+    mask_h = head < GROUP
+    ring_row = tl.maximum(ring, 0).to(tl.int64) * WINDOW
+
+    split = tl.arange(0, BLOCK_SPLITS)[:, None]
+    always = always_lse_ptr + split * (ALWAYS_SPLIT * GROUP) + head[None, :]
+    known = (split < SPLITS) & mask_h[None, :]
+    if WAITS == 0:
+        always_lse = tl.load(always, mask=known, other=float("-inf"))
+    lse = tl.full([BLOCK_G], float("-inf"), tl.float32)
+    distance = tl.full([BLOCK_G], float("inf"), tl.float32)
+    pos = tl.full([BLOCK_G], -1, tl.int32)
+    anchor = tl.full([BLOCK_G], -1, tl.int32)
+    if (ring >= 0) & (position >= 0) & (num_rows > 0):
+        nominated = nominate(key, position, BLOCK_W, NOMINEES, BLOCK_NOMINEES)
+        best = nearest_of(
+            nominated, q_pre, ring_q_ptr, ring_row, kv_head,
+            WINDOW, NUM_QO_HEADS, GROUP, BLOCK_G, HEAD_DIM, BLOCK_D, BLOCK_NOMINEES, NOMINEES_AT_ONCE, GROUP_SCOPE,
+        )  # fmt: skip
+        found = mask_h & (best < tl.full([BLOCK_G], INFINITE_KEY, tl.int64))
+        pos = tl.where(found, key_pos(best), -1)
+        row = ring_row + tl.where(found, pos % WINDOW, 0)
+        at = row * NUM_QO_HEADS + kv_head * GROUP + head
+        element = at[:, None] * HEAD_DIM + tl.arange(0, BLOCK_D)[None, :]
+        mask = found[:, None] & (tl.arange(0, BLOCK_D) < HEAD_DIM)[None, :]
+        stored = tl.load(ring_q_ptr + element, mask=mask, other=0.0)
+        lse = tl.load(ring_lse_ptr + at, mask=found, other=float("-inf"))
+        anchor = tl.load(ring_anchor_ptr + row * NUM_KV_HEADS + kv_head, mask=found, other=-1)
+        gap = tl.where(found[:, None], q_pre - stored.to(tl.float32), 0.0)
+        if CORRECTION:
+            mean_key = tl.load(ring_key_ptr + element, mask=mask, other=0.0)
+            step = tl.sum(gap * mean_key.to(tl.float32), 1) * logit_scale
+            lse += tl.minimum(tl.maximum(step, -1024.0), 1024.0)
+        distance = tl.where(found, tl.sqrt(tl.sum(gap * gap, 1)), float("inf"))
+
+    if WAITS:
+        gdc_wait()
+        gdc_launch_dependents()
+        always_lse = tl.load(always, mask=known, other=float("-inf"))
+    weight_bound = weight_bound_of(always_lse, lse)
+    reason = reason_of(
+        pos, distance, weight_bound, position - anchor, position, ring, num_rows == 0, cap, influence, max_age,
+        min_context,
+    )  # fmt: skip
+    head_hit = tl.sum(tl.where(mask_h & (reason == _HIT), 1 << head, 0), 0)
+    worst = tl.min(tl.where(mask_h & (reason != _HIT), reason, _NUM_REASONS), 0)
+    reuse = worst == _NUM_REASONS
+    group_reason = tl.where(reuse, _HIT, worst)
+
+    matched_end = tl.maximum(pos + 1 - BAND, SINKS)
+    start = tl.where(reuse, matched_end, SINKS)
+    low = tl.minimum(tl.min(tl.where(mask_h, start, _NEVER), 0), stop)
+    new_anchor = tl.where(reuse, tl.min(tl.where(mask_h, anchor, _NEVER), 0), position)
+
+    ints = decision_int_ptr + group * (3 * GROUP)
+    tl.store(ints + head, start, mask=mask_h)
+    tl.store(ints + GROUP + head, tl.where(pos >= 0, pos % WINDOW, 0), mask=mask_h)
+    tl.store(ints + 2 * GROUP + head, pos, mask=mask_h)
+    floats = decision_float_ptr + group * (3 * GROUP)
+    tl.store(floats + head, lse, mask=mask_h)
+    tl.store(floats + GROUP + head, distance, mask=mask_h)
+    tl.store(floats + 2 * GROUP + head, weight_bound, mask=mask_h)
+    info = group_ptr + group * 8
+    tl.store(info, low)
+    tl.store(info + 1, tl.where(FINISHES & reuse, -1, tl.minimum(stop, kv_len)))
+    tl.store(info + 2, position)
+    tl.store(info + 3, tl.where(kv_len > 0, ring, -1))
+    tl.store(info + 4, reuse.to(tl.int32))
+    tl.store(info + 5, new_anchor)
+    tl.store(info + 6, group_reason)
+    tl.store(info + 7, head_hit)
+
+    read = tl.minimum(tl.maximum(stop - low, 0) + tl.maximum(kv_len - stop, 0) + SINKS, kv_len)
+    count_group(counters_ptr, bypass_ptr, group_reason, read, kv_len, BYPASS)
+    return reuse, low, stop, new_anchor
 
 
 @triton.jit
@@ -198,104 +274,41 @@ def decide_kernel(
     NOMINEES_AT_ONCE: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_SPLITS: tl.constexpr,
+    ALWAYS_GROUP: tl.constexpr,
+    ALWAYS_SPLIT: tl.constexpr,
     GROUP_SCOPE: tl.constexpr,
     CORRECTION: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     ROW_STRIDE: tl.constexpr,
+    SCAN_IS_OLDER: tl.constexpr,
     BYPASS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Exact distances of the nominated rows, acceptance, and where the rest of a group begins. Grid: ``(B * Hkv,)``.
+    """:func:`decide_group` alone. Grid: ``(B * Hkv,)``.
 
-    What precedes ``gdc_wait`` was written before the previous launch passed its own wait, so it may overlap with it.
+    ``SCAN_IS_OLDER``: the previous launch, which attends to sinks and band, has waited for the scan, so that the search
+    overlaps with it; otherwise the previous launch does both.
     """
     group = tl.program_id(0)
     request = group // NUM_KV_HEADS
     kv_head = group % NUM_KV_HEADS
     position, _ = position_of(request, begin_ptr, length_ptr, PAGE_SIZE, ROW_STRIDE)
-    kv_len = position + 1
-    stop = tl.maximum(kv_len - BAND, SINKS)
-    ring, owned = ring_of(request, slots_ptr, generations_ptr, slot_table_ptr, ring_generation_ptr, num_slots)
-    ring = tl.where(owned, ring, -1)
-    num_rows = rows_to_search(bypass_ptr, WINDOW, BYPASS)
-    searched = owned & (position >= 0) & (num_rows > 0)
     q_group = q_ptr + request.to(tl.int64) * stride_qb + kv_head * GROUP * stride_qh
-    scan = scan_ptr + group * WINDOW
-    head = tl.arange(0, BLOCK_G)
-    offs_d = tl.arange(0, BLOCK_D)
-    mask_h = head < GROUP
-    mask_d = offs_d < HEAD_DIM
-    mask = mask_h[:, None] & mask_d[None, :]
-    qo_head = kv_head * GROUP + head
-    ring_row = tl.maximum(ring, 0).to(tl.int64) * WINDOW
-
-    lse = tl.full([BLOCK_G], float("-inf"), tl.float32)
-    distance = tl.full([BLOCK_G], float("inf"), tl.float32)
-    pos = tl.full([BLOCK_G], -1, tl.int32)
-    anchor = tl.full([BLOCK_G], -1, tl.int32)
-    other, cos, sin = rotation_at(cos_sin_ptr, position, offs_d, ROTARY_DIM, INTERLEAVED)
-    q_pre = load_unrotated(
-        q_group, stride_qh, head[:, None], offs_d[None, :], mask, other[None, :], cos[None, :], sin[None, :]
-    )
-    if PDL:
+    ring, num_rows, q_pre, cap, influence = known_before(
+        request, kv_head, position, q_group, stride_qh, slots_ptr, generations_ptr, slot_table_ptr,
+        ring_generation_ptr, num_slots, bypass_ptr, cap_ptr, influence_ptr, cos_sin_ptr,
+        WINDOW, GROUP, BLOCK_G, HEAD_DIM, BLOCK_D, ROTARY_DIM, INTERLEAVED, BYPASS,
+    )  # fmt: skip
+    if PDL and not SCAN_IS_OLDER:
         gdc_wait()
         gdc_launch_dependents()
-    if searched:
-        nominated = nominate(scan, position, WINDOW, BLOCK_W, NOMINEES, BLOCK_NOMINEES)
-        best = nearest_of(
-            nominated, q_pre, ring_q_ptr, ring_row, kv_head,
-            WINDOW, NUM_QO_HEADS, GROUP, BLOCK_G, HEAD_DIM, BLOCK_D, BLOCK_NOMINEES, NOMINEES_AT_ONCE, GROUP_SCOPE,
-        )  # fmt: skip
-        found = mask_h & (best < tl.full([BLOCK_G], _INFINITE_KEY, tl.int64))
-        pos = tl.where(found, key_pos(best), -1)
-        at = (ring_row + tl.where(found, pos % WINDOW, 0)) * NUM_QO_HEADS + qo_head
-        mask_found = mask & found[:, None]
-        stored = tl.load(ring_q_ptr + at[:, None] * HEAD_DIM + offs_d[None, :], mask=mask_found, other=0.0)
-        lse = tl.load(ring_lse_ptr + at, mask=found, other=float("-inf"))
-        row = tl.where(found, pos % WINDOW, 0)
-        anchor = tl.load(ring_anchor_ptr + (ring_row + row) * NUM_KV_HEADS + kv_head, mask=found, other=-1)
-        gap = tl.where(found[:, None], q_pre - stored.to(tl.float32), 0.0)
-        if CORRECTION:
-            key = tl.load(ring_key_ptr + at[:, None] * HEAD_DIM + offs_d[None, :], mask=mask_found, other=0.0)
-            step = tl.sum(gap * key.to(tl.float32), 1) * logit_scale
-            lse += tl.minimum(tl.maximum(step, -1024.0), 1024.0)
-        distance = tl.where(found, tl.sqrt(tl.sum(gap * gap, 1)), float("inf"))
-
-    weight_bound = weight_bound_of(
-        always_lse_ptr + group.to(tl.int64) * (SPLITS * GROUP), lse, SPLITS, BLOCK_SPLITS, GROUP, BLOCK_G
-    )
-    reason = reason_of(
-        pos, distance, weight_bound, position - anchor, position, ring, num_rows == 0,
-        tl.load(cap_ptr + qo_head, mask=mask_h, other=0.0), tl.load(influence_ptr + qo_head, mask=mask_h, other=0.0),
-        max_age, min_context,
+    ring_rows = tl.arange(0, BLOCK_W)
+    key = tl.load(scan_ptr + group * WINDOW + ring_rows, mask=ring_rows < WINDOW, other=_NEVER)
+    decide_group(
+        group, kv_head, position, ring, num_rows, q_pre, cap, influence, key, ring_q_ptr, ring_key_ptr,
+        ring_lse_ptr, ring_anchor_ptr, counters_ptr, always_lse_ptr + group.to(tl.int64) * (ALWAYS_GROUP * GROUP),
+        decision_int_ptr, decision_float_ptr, group_ptr, bypass_ptr, logit_scale, max_age, min_context, False,
+        BAND, SINKS, WINDOW, BLOCK_W, NUM_QO_HEADS, NUM_KV_HEADS, GROUP, BLOCK_G, HEAD_DIM, BLOCK_D, NOMINEES,
+        BLOCK_NOMINEES, NOMINEES_AT_ONCE, SPLITS, BLOCK_SPLITS, ALWAYS_SPLIT, GROUP_SCOPE, CORRECTION, BYPASS,
+        PDL and SCAN_IS_OLDER,
     )  # fmt: skip
-    head_hit = tl.sum(tl.where(mask_h & (reason == _HIT), 1 << head, 0), 0)
-    worst = tl.min(tl.where(mask_h & (reason != _HIT), reason, _NUM_REASONS), 0)
-    reuse = worst == _NUM_REASONS
-    group_reason = tl.where(reuse, _HIT, worst)
-
-    matched_end = tl.maximum(pos + 1 - BAND, SINKS)
-    start = tl.where(reuse, matched_end, SINKS)
-    low = tl.minimum(tl.min(tl.where(mask_h, start, _NEVER), 0), stop)
-    new_anchor = tl.where(reuse, tl.min(tl.where(mask_h, anchor, _NEVER), 0), position)
-
-    ints = decision_int_ptr + group * (3 * GROUP)
-    tl.store(ints + head, start, mask=mask_h)
-    tl.store(ints + GROUP + head, tl.where(pos >= 0, pos % WINDOW, 0), mask=mask_h)
-    tl.store(ints + 2 * GROUP + head, pos, mask=mask_h)
-    floats = decision_float_ptr + group * (3 * GROUP)
-    tl.store(floats + head, lse, mask=mask_h)
-    tl.store(floats + GROUP + head, distance, mask=mask_h)
-    tl.store(floats + 2 * GROUP + head, weight_bound, mask=mask_h)
-    info = group_ptr + group * 8
-    tl.store(info, low)
-    tl.store(info + 1, tl.minimum(stop, kv_len))
-    tl.store(info + 2, position)
-    tl.store(info + 3, tl.where(kv_len > 0, ring, -1))
-    tl.store(info + 4, reuse.to(tl.int32))
-    tl.store(info + 5, new_anchor)
-    tl.store(info + 6, group_reason)
-    tl.store(info + 7, head_hit)
-
-    read = tl.minimum(tl.maximum(stop - low, 0) + tl.maximum(kv_len - stop, 0) + SINKS, kv_len)
-    count_group(counters_ptr, bypass_ptr, group_reason, read, kv_len, BYPASS)

@@ -71,7 +71,12 @@ def cold_copies(bytes_per_call: int, *, device: torch.device | str, l2_bytes: in
 
 
 def measure(
-    providers: Mapping[str, Calls], *, device: torch.device | str, repeats: int = 50, warmup: int = 3
+    providers: Mapping[str, Calls],
+    *,
+    device: torch.device | str,
+    repeats: int = 50,
+    warmup: int = 3,
+    capture: bool = True,
 ) -> dict[str, Timing]:
     """Time several providers of the same work in turn: A, B, A, B, ...
 
@@ -86,6 +91,8 @@ def measure(
         Samples per provider; each is the mean over one round through the copies.
     warmup : int, default 3
         Rounds before the first sample.
+    capture : bool, default True
+        False: calls on a CUDA device are launched one by one, for what cannot be captured; their host time counts.
 
     Returns
     -------
@@ -103,7 +110,7 @@ def measure(
     if empty:
         raise ValueError(f"providers {', '.join(empty)} have no calls; give one per buffer copy")
     if torch.device(device).type == "cuda":
-        rounds = {name: _captured(calls) for name, calls in providers.items()}
+        rounds = {name: (_captured if capture else _in_order)(calls) for name, calls in providers.items()}
         sample = _event_us
     else:
         rounds = {name: _in_order(calls) for name, calls in providers.items()}

@@ -5,16 +5,18 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import os
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
-from flashinfer_model import ModelAttention, plan_info
+import triton
+from flashinfer_model import ModelAttention
 
 from mac_kernels import HeadLayout, MacConfig, PagedKV, composed, support
-from mac_kernels.attend.flashinfer_replan import PlanBuffers, locate_plan_buffers, parse_plan_info, replan
+from mac_kernels.attend.flashinfer_tiles import MIN_CHUNK, STEP, tiles_kernel
 from mac_kernels.composed import check_cache, flat_entries, page_units, token_view
 from mac_kernels.errors import InputError
+from mac_kernels.launch import LaunchParams, default_launch
 from mac_kernels.testing.conformance import SMALL_CASES, Case, DecodeConformance, variant
 from mac_kernels.testing.scenario import PagedStore
 
@@ -39,116 +41,85 @@ class TestComposedInterpreted(DecodeConformance):
 
     @pytest.fixture(autouse=True)
     def _without_flashinfer(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def launch(*arguments: Any) -> LaunchParams:
+            return dataclasses.replace(default_launch(*arguments), splits=2)
+
+        monkeypatch.setattr(composed, "default_launch", launch)
         monkeypatch.setattr(composed, "RangeAttention", ModelAttention)
         monkeypatch.setitem(support._CHECKS, "flashinfer", lambda *_: ())
         monkeypatch.setattr(support, "_missing_flashinfer", lambda: ())
 
 
-def buffers(batch: int, tiles: int) -> PlanBuffers:
-    def dirty(count: int) -> torch.Tensor:
-        return torch.full((count,), -7, dtype=torch.int32)
-
-    return PlanBuffers(
-        request=dirty(tiles),
-        qo_tile=dirty(tiles),
-        kv_tile=dirty(tiles),
-        valid=torch.full((tiles,), 7, dtype=torch.uint8),
-        o_indptr=dirty(batch + 1),
-        merge_indptr=dirty(batch + 1),
-        chunk=dirty(1),
-    )
-
-
 def dealt(lengths: torch.Tensor, *, tiles: int, programs: int) -> tuple[int, list[list[int]]]:
-    """Replan for lengths [B, Hkv]; check the lists against each other; the chunk and the chunks of every group."""
-    batch, heads = lengths.shape
-    plan, bounds = buffers(batch, tiles), torch.full((batch * heads, 8), 3, dtype=torch.int32)
-    bounds[:, 0] = 11
-    bounds[:, 1] = 11 + lengths.flatten()
-    replan(plan, bounds, batch_size=batch, num_kv_heads=heads, programs=programs)
-    chunk, used = int(plan.chunk), plan.valid.bool()
-    assert plan.valid.max() <= 1 and torch.equal(plan.o_indptr, plan.merge_indptr)
-    listed = list(zip(plan.request[used].tolist(), plan.kv_tile[used].tolist(), strict=True))
-    chunks = [[-(-max(length, 0) // chunk) for length in row] for row in lengths.tolist()]
-    assert listed == [(b, i) for b, row in enumerate(chunks) for i in range(max(row))]
-    assert plan.o_indptr.tolist() == [0, *itertools.accumulate(map(max, chunks))]
-    assert bool((plan.qo_tile == 0).all()) and bool((plan.request[~used] == 0).all())
-    return chunk, chunks
+    """Cut groups of lengths [B, Hkv] that begin at 11; check the rows; the longest chunk and the chunks of a group."""
+    (batch, heads), dim = lengths.shape, 4
+    groups = torch.full((batch * heads, 8), 3, dtype=torch.int32)
+    groups[:, 0], groups[:, 1] = 11, 11 + lengths.flatten()
+    q = torch.randn(batch, heads * 3, dim, generator=torch.Generator().manual_seed(0))
+    entries = torch.arange(batch, dtype=torch.int32) * 1000 + 5
+
+    def dirty(*shape: int) -> torch.Tensor:
+        return torch.full(shape, -7, dtype=torch.int32)
+
+    parts, begin, bounds = dirty(batch * heads, 2), dirty(tiles + 1), dirty(tiles, heads, 4)
+    tile_q = torch.full((tiles, heads * 3, dim), torch.nan)
+    tiles_kernel[(tiles,)](
+        q, q.stride(0), q.stride(1), groups, parts, entries, tile_q, begin, bounds, batch, tiles, programs,
+        NUM_QO_HEADS=heads * 3, NUM_KV_HEADS=heads, HEAD_DIM=dim, BLOCK_D=16, MIN_CHUNK=MIN_CHUNK, STEP=STEP,
+        BLOCK_B=triton.next_power_of_2(batch), BLOCK_H=triton.next_power_of_2(heads), PDL=False,
+    )  # fmt: skip
+    counts = parts[:, 1].view(batch, heads)
+    seen = torch.zeros(tiles, heads, dtype=torch.bool)
+    longest = 0
+    for group, (first, count) in enumerate(parts.tolist()):
+        request, head = divmod(group, heads)
+        low = 11
+        for tile in range(first // heads, first // heads + count):
+            assert first % heads == head and not seen[tile, head], "two groups share a row"
+            seen[tile, head] = True
+            start, stop, owner, _ = bounds[tile, head].tolist()
+            assert start == low and stop > start and owner == group
+            assert begin[tile] == entries[request] and torch.equal(tile_q[tile], q[request])
+            longest, low = max(longest, stop - start), stop
+        assert low == 11 + max(int(lengths[request, head]), 0)
+    assert bool((bounds[..., 1][~seen] == -1).all()), "a row without an owner would be computed"
+    assert begin[-1] == -7, "the last entry is FlashInfer's bound"
+    return longest, counts.tolist()
 
 
 @interpreted
-class TestReplan:
+class TestTiles:
     @pytest.mark.parametrize("seed", range(4))
-    def test_every_token_has_one_tile(self, seed: int) -> None:
+    def test_every_token_has_one_row(self, seed: int) -> None:
         draw = torch.Generator().manual_seed(seed)
         batch, heads = (1, 5, 16, 33)[seed], (4, 3, 8, 1)[seed]
         lengths = torch.randint(0, 40_000, (batch, heads), generator=draw)
         lengths[torch.rand(batch, heads, generator=draw) < 0.6] = 100
         lengths[torch.rand(batch, heads, generator=draw) < 0.2] = -5
-        dealt(lengths, tiles=max(264, batch), programs=264)
+        dealt(lengths, tiles=66 + batch, programs=66)
 
     def test_a_lone_miss_gets_the_whole_gpu(self) -> None:
         lengths = torch.full((64, 4), 100)
         lengths[17, 2] = 126_000
-        _, chunks = dealt(lengths, tiles=264, programs=264)
+        _, chunks = dealt(lengths, tiles=328, programs=264)
         assert 0.7 * 264 <= chunks[17][2] <= 264
 
     def test_equal_groups_share_one_wave(self) -> None:
-        _, chunks = dealt(torch.full((16, 4), 32_512), tiles=264, programs=264)
+        _, chunks = dealt(torch.full((16, 4), 32_512), tiles=280, programs=264)
         assert set(itertools.chain(*chunks)) == {4}
 
     def test_ragged_waves_are_made_finer(self) -> None:
-        _, chunks = dealt(torch.full((35, 4), 32_512), tiles=264, programs=264)
+        _, chunks = dealt(torch.full((35, 4), 32_512), tiles=299, programs=264)
         assert set(itertools.chain(*chunks)) == {7}
 
-    def test_nothing_to_read_takes_no_tile(self) -> None:
-        _, chunks = dealt(torch.zeros(3, 2, dtype=torch.int64), tiles=24, programs=24)
+    def test_chunks_find_room(self) -> None:
+        lengths = torch.full((3, 2), 50_000)
+        _, chunks = dealt(lengths, tiles=8, programs=24)
+        assert chunks == [[2, 2]] * 3
+
+    def test_nothing_to_read_takes_no_row(self) -> None:
+        _, chunks = dealt(torch.zeros(3, 2, dtype=torch.int64), tiles=27, programs=24)
         assert chunks == [[0, 0]] * 3
-
-
-class TestPlanLayout:
-    @pytest.mark.parametrize(("batch", "tiles"), [(1, 264), (3, 5), (64, 264), (7, 33)])
-    def test_known_layout(self, batch: int, tiles: int) -> None:
-        info = parse_plan_info(plan_info(batch, tiles), batch)
-        assert info is not None and info.padded_batch_size == tiles
-
-    @pytest.mark.parametrize("place", [n for n in range(15) if n != 11])  # where the partial lse lies is not used
-    def test_any_other_number_is_refused(self, place: int) -> None:
-        values = plan_info(3)
-        values[place] += 16
-        assert parse_plan_info(values, 3) is None
-
-    def test_other_sizes_are_refused(self) -> None:
-        assert parse_plan_info([*plan_info(3), 0], 3) is None
-        assert parse_plan_info(plan_info(3), 4) is None
-        assert parse_plan_info(plan_info(3, tiles=2), 3) is None
-
-    def test_other_versions_are_refused(self) -> None:
-        class Wrapper:
-            _plan_info = plan_info(3)
-            _int_workspace_buffer = torch.zeros(4096, dtype=torch.uint8)
-
-        for version, known in (
-            ((0, 6, 14), False),
-            ((0, 6, 15), True),
-            ((0, 7, 2), True),
-            ((0, 8), False),
-            ((), False),
-        ):
-            assert (locate_plan_buffers(Wrapper(), 3, version) is not None) == known
-        assert locate_plan_buffers(object(), 3, (0, 7, 0)) is None
-
-    def test_buffers_lie_where_the_plan_says(self) -> None:
-        class Wrapper:
-            _plan_info = plan_info(3)
-            _int_workspace_buffer = torch.zeros(4096, dtype=torch.uint8)
-
-        plan = locate_plan_buffers(Wrapper(), 3, (0, 7, 0))
-        assert plan is not None
-        for field, offset in (("request", 4), ("kv_tile", 6), ("merge_indptr", 7), ("o_indptr", 8), ("chunk", 9)):
-            tensor = getattr(plan, field)
-            assert tensor.data_ptr() - Wrapper._int_workspace_buffer.data_ptr() == Wrapper._plan_info[offset]
-        assert plan.tiles == 24 and plan.o_indptr.numel() == 4 and plan.valid.dtype == torch.uint8
 
 
 class TestTokenView:

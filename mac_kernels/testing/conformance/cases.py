@@ -101,11 +101,13 @@ PAIRWISE_CASES = tuple(
 )
 """Every pair of two shape properties at least once: for a GPU."""
 
-_BASE = MacConfig(window=16, band=6, sinks=2, min_context=12, influence=None, max_age=None, nominees=64)
+_BASE = MacConfig(
+    window=16, band=6, sinks=2, min_context=12, influence=None, max_age=None, nominees=64, break_even=None
+)
 
 
 def variant(**changes: Any) -> MacConfig:
-    """The kit's small config (window 16, band 6, sinks 2, min_context 12, no bound, no age limit) with changes.
+    """The kit's small config (window 16, band 6, sinks 2, min_context 12, no bound, age limit or bypass) with changes.
 
     There are more nominees than rows, so that the nearest row is found by backends that always nominate, too.
     """
