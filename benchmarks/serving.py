@@ -1,4 +1,4 @@
-"""Start an SGLang server, wait until it answers, end it; and what the benchmarks of the SGLang surface share."""
+"""Start SGLang servers, wait until they answer, end them; and what the benchmarks of the SGLang surface share."""
 
 from __future__ import annotations
 
@@ -22,13 +22,18 @@ from typing import Any
 from mac_kernels.errors import MacError, MissingError
 from mac_sglang.client import Reply, Server, open_session
 
+EXACT = {"custom_params": {"mac": "exact"}}
+"""Sampling parameters of a request that asks for exact attention."""
 _START_S = 480.0
 _STOP_S = 20.0
-_PUBLISHED_S = 2.5  # mac_sglang publishes its counters once a second
+_PUBLISHED_S = 1.3  # mac_sglang publishes its counters once a second
 
 
 class ServerDiedError(MacError, RuntimeError):
-    """The server ended before it answered; the message has the end of its log."""
+    """The server ended, or did not answer in eight minutes; the message has the end of its log."""
+
+
+Started = Server | ServerDiedError
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,58 +46,63 @@ class Launch:
     config: Mapping[str, Any] | None = None
     arguments: tuple[str, ...] = ()
 
-    def command(self, port: int) -> list[str]:
+    def command(self, port: int, nccl_port: int) -> list[str]:
         """Return the command line."""
-        chosen = ("--model-path", str(self.model), "--attention-backend", self.attention_backend, "--port", str(port))
+        ports = ("--port", str(port), "--nccl-port", str(nccl_port))
+        chosen = ("--model-path", str(self.model), "--attention-backend", self.attention_backend, *ports)
         return [sys.executable, "-m", "sglang.launch_server", *chosen, "--enable-metrics", *self.arguments]
 
 
 @contextlib.asynccontextmanager
-async def serve(launch: Launch, log: Path) -> AsyncIterator[Server]:
-    """Start a server, yield it when it is healthy, end all its processes.
+async def serve(launches: Sequence[Launch], logs: Path, prefix: str = "sglang-") -> AsyncIterator[list[Started]]:
+    """Start servers at once, yield them when each is healthy or has failed, end all their processes.
 
-    Raises
-    ------
-    ServerDiedError
-        If it ends, or does not answer in eight minutes.
+    Logs are written to ``logs/<prefix><name>.log``.
     """
     task = asyncio.current_task()
     assert task is not None  # this is a coroutine
     # a run that is cut off must not leave a server behind, which would keep the GPU
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    logs.mkdir(parents=True, exist_ok=True)
+    async with contextlib.AsyncExitStack() as stack:
+        session = await stack.enter_async_context(open_session())
+        starts = []
+        for launch in launches:
+            server, log = Server(session, f"http://127.0.0.1:{free_port()}"), logs / f"{prefix}{launch.name}.log"
+            process = await stack.enter_async_context(_process(launch, server, log))
+            starts.append(_until_healthy(launch.name, server, process, log))
+        yield await asyncio.gather(*starts)
+
+
+@contextlib.asynccontextmanager
+async def _process(launch: Launch, server: Server, log: Path) -> AsyncIterator[subprocess.Popen[bytes]]:
     with tempfile.TemporaryDirectory() as folder:
         environment = dict(os.environ)
         if launch.config is not None:
             path = Path(folder) / "config.json"
             path.write_text(json.dumps({"schema": 1, **launch.config}), encoding="utf-8")
             environment["MAC_KERNELS_CONFIG"] = str(path)
-        port, begun = free_port(), time.perf_counter()
-        log.parent.mkdir(parents=True, exist_ok=True)
+        command = launch.command(int(server.url.rsplit(":", 1)[1]), free_port())
         with log.open("wb") as file:
-            process = subprocess.Popen(
-                launch.command(port), stdout=file, stderr=file, env=environment, start_new_session=True
-            )
+            process = subprocess.Popen(command, stdout=file, stderr=file, env=environment, start_new_session=True)
         try:
-            async with open_session() as session:
-                server = Server(session, f"http://127.0.0.1:{port}")
-                await _until_healthy(server, process, log)
-                say(f"{launch.name}: healthy after {time.perf_counter() - begun:.0f} s")
-                yield server
+            yield process
         finally:
             await _stop(process)
 
 
-async def _until_healthy(server: Server, process: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + _START_S
-    while time.monotonic() < deadline and process.poll() is None:
+async def _until_healthy(name: str, server: Server, process: subprocess.Popen[bytes], log: Path) -> Started:
+    begun = time.monotonic()
+    while time.monotonic() < begun + _START_S and process.poll() is None:
         with contextlib.suppress(MacError):
             # /health answers before the scheduler can: a first token says that everything is there
             await server.generate([1, 2, 3, 4], max_new_tokens=1, ignore_eos=True)
-            return
+            say(f"{name}: healthy after {time.monotonic() - begun:.0f} s")
+            return server
         await asyncio.sleep(0.5)
     tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-40:]
     what = "does not answer" if process.poll() is None else f"ended with status {process.returncode}"
-    raise ServerDiedError("\n".join((f"the server {what}; the end of {log}:", *tail)))
+    return ServerDiedError("\n".join((f"the server {name} {what}; the end of {log}:", *tail)))
 
 
 async def _stop(process: subprocess.Popen[bytes]) -> None:
@@ -121,22 +131,34 @@ def _lives(process: Any) -> bool:
 
 
 def free_port() -> int:
-    """Return a port that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Return a port that nothing listens on, another one at every call: servers that start bind theirs late."""
+    while True:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = int(probe.getsockname()[1])
+        if port not in _PORTS_GIVEN:
+            _PORTS_GIVEN.add(port)
+            return port
+
+
+_PORTS_GIVEN: set[int] = set()
 
 
 async def groups(server: Server) -> Counter[str]:
     """Return the kv groups by reason that all ranks have counted; empty if the server is not MAC's."""
+    return await counted(server, "mac_groups_total", "reason")
+
+
+async def counted(server: Server, name: str, label: str | None = None) -> Counter[str]:
+    """Return one of the server's counters, summed over all ranks, by one of its labels."""
     from prometheus_client.parser import text_string_to_metric_families
 
     await asyncio.sleep(_PUBLISHED_S)
     counts: Counter[str] = Counter()
     for family in text_string_to_metric_families(await server.metrics()):
         for sample in family.samples:
-            if sample.name == "mac_groups_total":
-                counts[sample.labels["reason"]] += int(sample.value)
+            if sample.name == name:
+                counts[sample.labels[label] if label else name] += sample.value
     return counts
 
 
@@ -144,6 +166,35 @@ def hit_rate(counts: Counter[str]) -> float:
     """Reused share of all kv groups; NaN without any."""
     total = sum(counts.values())
     return counts["HIT"] / total if total else float("nan")
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """An exact answer to a prompt, and how far its second best token was behind at every step, in nats."""
+
+    prompt: list[int]
+    tokens: list[int]
+    margins: list[float]
+
+    @staticmethod
+    async def ask(server: Server, prompt: list[int], *, tokens: int, **fields: Any) -> Reference:
+        """Take the server's answer of so many tokens."""
+        wanted = {"return_logprob": True, "top_logprobs_num": 2, "logprob_start_len": -1}
+        reply = await server.generate(prompt, max_new_tokens=tokens, ignore_eos=True, **wanted, **fields)
+        best = reply.meta["output_top_logprobs"]
+        return Reference(prompt, reply.output_ids, [float(top[0][0]) - float(top[1][0]) for top in best])
+
+    def judge(self, tokens: Sequence[int], *, asked: int, tie: float) -> str:
+        """Compare another answer of ``asked`` tokens: ``equal``, ``equal up to a tie`` or ``WRONG``.
+
+        A token may differ only where the two best ones were closer than ``tie`` nats: batches of other sizes round
+        differently. What follows it is another text.
+        """
+        same = agreement(tokens, self.tokens)
+        if same == asked:
+            return "equal"
+        tied = len(tokens) == asked and self.margins[same] < tie
+        return "equal up to a tie" if tied else "WRONG"
 
 
 def steady_speed(replies: Sequence[Reply], *, skip: int, samples: int) -> list[float]:

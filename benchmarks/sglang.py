@@ -1,7 +1,9 @@
 """Measure SGLang servers on this GPU: ``python -m benchmarks.sglang latency`` and ``... smollm2``.
 
 ``latency``: tokens per second and time to first token at long contexts, dummy weights, hits forced. ``smollm2``: real
-weights: agreement with the baseline, hit rates and speed of the presets.
+weights: agreement with the baseline, hit rates and speed of the presets. ``matrix``: every kind of server once.
+
+The tensor-parallel table: ``... latency --shape llama-70b --tp 4 --batches 1,8,32 --own 512 --short 0``.
 """
 
 from __future__ import annotations
@@ -17,9 +19,9 @@ from pathlib import Path
 
 from mac_kernels.errors import MacError
 
-from . import results, sglang_latency, sglang_smollm2
+from . import results, sglang_latency, sglang_matrix, sglang_smollm2
 
-SUITES = {"latency": sglang_latency, "smollm2": sglang_smollm2}
+SUITES = {"latency": sglang_latency, "smollm2": sglang_smollm2, "matrix": sglang_matrix}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -33,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
         add_server_arguments(one)
     args = parser.parse_args(arguments)
     args.command_line = command_line("benchmarks.sglang", arguments)
-    output = args.output or results.folder() / "sglang.csv"
+    output = args.output or results.folder() / SUITES[args.suite].table(args)
     try:
         return asyncio.run(SUITES[args.suite].run(args, output))
     except MacError as error:
@@ -48,7 +50,7 @@ def add_server_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--server-args", type=shlex.split, default=(), help="more, for every server, in quotes")
     parser.add_argument("--serving", type=json.loads, default={}, help="section `serving` of MAC's config, as JSON")
     parser.add_argument("--logs", type=Path, default=Path(tempfile.gettempdir()) / "mac-kernels", help="of the servers")
-    parser.add_argument("--output", type=Path, help="default: benchmarks/results/<gpu>/sglang.csv")
+    parser.add_argument("--output", type=Path, help="default: benchmarks/results/<gpu>/sglang.csv, or sglang_tp.csv")
 
 
 def command_line(module: str, arguments: Sequence[str]) -> str:

@@ -12,12 +12,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch.nn.functional import pad
+
 from mac_kernels import PRESETS
-from mac_kernels.errors import InputError
-from mac_sglang.client import Reply, Server
+from mac_kernels.errors import InputError, MacError
+from mac_sglang.client import Reply
 
 from . import results
-from .serving import Launch, agreement, groups, hit_rate, say, serve, sglang_version, steady_speed, three
+from .serving import Launch, Started, agreement, groups, hit_rate, say, serve, sglang_version, steady_speed, three
 
 PRESETS_MEASURED = ("exact", "careful", "balanced", "fast")
 _EARLY = 16  # tokens in which a second request has to reach the steady hit rate
@@ -57,34 +60,51 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--presets", default=",".join(PRESETS_MEASURED), help="comma separated")
 
 
+def table(args: argparse.Namespace) -> str:
+    """Name of the default table."""
+    del args
+    return "sglang.csv"
+
+
 async def run(args: argparse.Namespace, output: Path) -> int:
-    """Measure the baseline and every preset, write the table after each."""
+    """Start all servers at once, measure one after the other, write the table after each; 1 if one failed.
+
+    Servers that only wait use no GPU, so the memory of all of them is what it takes; ``--server-args`` must leave it.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        tokens, shape = prepare(args.model, args.text, Path(folder))
+        tokens, shape = prepare(args.model, args.text, Path(folder), tp=args.tp)
         prompts = make_prompts(tokens, args.batch, args.prompt_tokens)
         arguments = ("--skip-tokenizer-init", "--tp", str(args.tp), *args.server_args)
         launches = [Launch(args.baseline, args.baseline, Path(folder), None, arguments)]
         for preset in args.presets.split(","):
             launches.append(Launch(preset, "mac", Path(folder), {"preset": preset, "serving": args.serving}, arguments))
         full: Measured | None = None
-        for launch in launches:
-            async with serve(launch, args.logs / f"sglang-smollm2-{launch.name}.log") as server:
-                measured = await _measure(server, prompts, args.tokens, noise=full is None)
-            full = full or measured
-            rows = _rows(launch, measured, full, args, shape)
-            results.upsert(output, rows)
-            for row in rows:
-                say(f"{row['config']:9} {row['case']:10} {row['metric']:20} p20 {row['p20']:>7} p50 {row['p50']:>7} "
-                    f"p80 {row['p80']:>7} {row['unit']}")  # fmt: skip
-    return 0
+        failed = 0
+        async with serve(launches, args.logs, "sglang-smollm2-") as servers:
+            for launch, server in zip(launches, servers, strict=True):
+                try:
+                    measured = await _measure(server, prompts, args.tokens, baseline=full is None)
+                except (MacError, ValueError) as error:
+                    say(f"{launch.name}: FAILED, not reported: {error}")
+                    failed = 1
+                    if full is None:
+                        break  # nothing to compare with
+                    continue
+                full = full or measured
+                rows = _rows(launch, measured, full, args, shape)
+                results.upsert(output, rows)
+                for row in rows:
+                    say(f"{row['config']:9} {row['case']:16} {row['metric']:20} p20 {row['p20']:>7} p50 "
+                        f"{row['p50']:>7} p80 {row['p80']:>7} {row['unit']}")  # fmt: skip
+    return failed
 
 
-def prepare(model: str | None, text: Path | None, folder: Path) -> tuple[list[int], dict[str, Any]]:
+def prepare(model: str | None, text: Path | None, folder: Path, *, tp: int = 1) -> tuple[list[int], dict[str, Any]]:
     """Write the model as bf16 safetensors, which every version of SGLang loads; return the text's tokens and the shape.
 
-    SGLang's own loader of GGUF files needs kernels that not every build has.
+    SGLang's own loader of GGUF files needs kernels that not every build has. If the heads cannot be divided among
+    ``tp`` GPUs, groups of heads of zeros are added: they change no output.
     """
-    import torch
     from transformers import AutoModelForCausalLM
 
     from mac_transformers.demo import read_text
@@ -95,12 +115,31 @@ def prepare(model: str | None, text: Path | None, folder: Path) -> tuple[list[in
     if hasattr(loaded.config, "quantization_config"):
         # a model that was read from GGUF holds plain weights but refuses to be saved
         del loaded.config.quantization_config
+    pad_heads(loaded.config, weights, tp)
     plain = AutoModelForCausalLM.from_config(loaded.config, dtype=torch.bfloat16)
     plain.load_state_dict(weights)
     plain.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     tokens: list[int] = tokenizer(read_text(text)[0]).input_ids
     return tokens, json.loads((folder / "config.json").read_text(encoding="utf-8"))
+
+
+def pad_heads(config: Any, weights: dict[str, Any], tp: int) -> None:
+    """Add kv groups of zeros, in place, until their number can be divided by ``tp``."""
+    kv_heads, group = config.num_key_value_heads, config.num_attention_heads // config.num_key_value_heads
+    more = -kv_heads % tp
+    if not more:
+        return
+    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    config.head_dim = dim
+    config.num_key_value_heads, config.num_attention_heads = kv_heads + more, (kv_heads + more) * group
+    rows = {"q_proj": more * group * dim, "k_proj": more * dim, "v_proj": more * dim}
+    for name, weight in weights.items():
+        kind = name.split(".")[-2] if name.endswith(".weight") else ""
+        if kind in rows:
+            weights[name] = pad(weight, (0, 0, 0, rows[kind]))
+        elif kind == "o_proj":
+            weights[name] = pad(weight, (0, rows["q_proj"]))
 
 
 def make_prompts(tokens: Sequence[int], batch: int, length: int) -> Prompts:
@@ -121,34 +160,37 @@ def make_prompts(tokens: Sequence[int], batch: int, length: int) -> Prompts:
     return Prompts(distinct, [a + b for a, b in zip(start, ends, strict=True)], turns)
 
 
-async def _measure(server: Server, prompts: Prompts, tokens: int, *, noise: bool) -> Measured:
-    measured = Measured()
+async def _measure(server: Started, prompts: Prompts, tokens: int, *, baseline: bool) -> Measured:
+    if isinstance(server, MacError):
+        raise server
+    measured, counted = Measured(), Counter[str]()
 
     async def part(name: str, inputs: list[list[int]], count: int, *, at_once: int | None = None) -> None:
-        before = await groups(server)
+        nonlocal counted
         size = at_once or len(inputs)
         replies: list[Reply] = []
         for at in range(0, len(inputs), size):
             calls = [server.generate(ids, max_new_tokens=count, ignore_eos=True) for ids in inputs[at : at + size]]
             replies += await asyncio.gather(*calls)
         measured.replies[name] = replies
-        measured.groups[name] = await groups(server) - before
+        if not baseline:
+            before, counted = counted, await groups(server)
+            measured.groups[name] = counted - before
 
-    await server.generate(prompts.distinct[0][:512], max_new_tokens=_SKIP, ignore_eos=True)
-    await server.flush()
     await part("distinct", prompts.distinct, tokens)
-    heard = zip(prompts.distinct, measured.tokens("distinct"), prompts.turns, strict=True)
-    second = [prompt + answer + turn for prompt, answer, turn in heard]
-    await part("early", second, _EARLY)
-    await part("later", second, _EARLY + _LATER)
-    await server.flush()
-    await server.generate(prompts.shared[0], max_new_tokens=1, ignore_eos=True)
-    await part("shared", prompts.shared, tokens)
-    if noise:
+    if baseline:
         # the same prompts in other batches: what two correct servers may differ by
         await server.flush()
         await part("other order", prompts.distinct[::-1], tokens, at_once=max(1, len(prompts.distinct) // 2))
         measured.replies["other order"].reverse()
+    else:
+        heard = zip(prompts.distinct, measured.tokens("distinct"), prompts.turns, strict=True)
+        second = [prompt + answer + turn for prompt, answer, turn in heard]
+        await part("early", second, _EARLY)
+        await part("later", second, _EARLY + _LATER)
+    await server.flush()
+    await server.generate(prompts.shared[0], max_new_tokens=1, ignore_eos=True)
+    await part("shared", prompts.shared, tokens)
     return measured
 
 

@@ -1,9 +1,10 @@
 """Load a server for minutes and check every answer: ``python -m benchmarks.soak --minutes 8``.
 
 Clients send prompts of mixed lengths, some on a common prefix, and hang up on some answers. Before that, every prompt
-is answered once, alone; every later answer must be the same, up to ties: a token may differ only where the two best
-tokens of the first answer were closer than ``--tie`` (batches of other sizes round differently). The memory of the GPU
-must not grow after the first quarter, and at the end the server must still give the first answers.
+is answered once, alone; every later exact answer must be the same, up to ties: a token may differ only where the two
+best tokens of the first answer were closer than ``--tie`` (batches of other sizes round differently). Under the preset
+``exact`` all answers are exact, under another one those that ask for it. The server's GPU memory must not grow after
+the first quarter, and at the end the server must still give the first answers.
 """
 
 from __future__ import annotations
@@ -27,7 +28,19 @@ from mac_kernels.errors import MacError
 from mac_sglang.client import Reply, Server
 
 from . import results
-from .serving import Launch, agreement, groups, hit_rate, say, serve, sglang_version, three
+from .serving import (
+    EXACT,
+    Launch,
+    Reference,
+    ServerDiedError,
+    agreement,
+    groups,
+    hit_rate,
+    say,
+    serve,
+    sglang_version,
+    three,
+)
 from .sglang import add_server_arguments, command_line
 from .sglang_smollm2 import prepare
 
@@ -38,15 +51,6 @@ _EVERY_S = 5.0
 Check = tuple[str, bool, str]  # what, whether it holds, figure
 
 
-@dataclass(frozen=True, slots=True)
-class Reference:
-    """The first answer to a prompt, and how far its second best token was behind at every step, in nats."""
-
-    prompt: list[int]
-    tokens: list[int]
-    margins: list[float]
-
-
 @dataclass
 class Tally:
     """What happened: outcomes by kind, generated tokens, wrong answers in words, memory by time."""
@@ -55,6 +59,7 @@ class Tally:
     tokens: int = 0
     wrong: list[str] = field(default_factory=list)
     memory: list[tuple[float, float, float]] = field(default_factory=list)  # time, GPU MiB, host MiB
+    own_memory: bool = True  # of the server alone, as far as the driver tells whose it is
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -84,8 +89,11 @@ async def _run(args: argparse.Namespace, output: Path) -> int:
         arguments = ("--skip-tokenizer-init", "--tp", str(args.tp), *args.server_args)
         launch = Launch(args.preset, "mac", Path(folder), {"preset": args.preset, "serving": args.serving}, arguments)
         tally = Tally()
-        async with serve(launch, args.logs / "sglang-soak.log") as server:
-            references = [await _first_answer(server, prompt) for prompt in _prompts(tokens, args.longest)]
+        async with serve([launch], args.logs, "sglang-soak-") as (server,):
+            if isinstance(server, ServerDiedError):
+                raise server
+            prompts = _prompts(tokens, args.longest)
+            references = [await Reference.ask(server, prompt, tokens=_TOKENS, sampling=EXACT) for prompt in prompts]
             say(f"{len(references)} prompts answered once; {args.clients} clients for {args.minutes:g} minutes")
             before = await groups(server)
             await _load(server, references, tally, args)
@@ -112,22 +120,20 @@ def _prompts(tokens: Sequence[int], longest: int) -> list[list[int]]:
     return prompts
 
 
-async def _first_answer(server: Server, prompt: list[int]) -> Reference:
-    reply = await _exact(server, prompt, return_logprob=True, top_logprobs_num=2, logprob_start_len=-1)
-    best = reply.meta["output_top_logprobs"]
-    return Reference(prompt, reply.output_ids, [float(top[0][0]) - float(top[1][0]) for top in best])
+async def _exact(server: Server, prompt: list[int]) -> Reply:
+    return await server.generate(prompt, max_new_tokens=_TOKENS, ignore_eos=True, sampling=EXACT)
 
 
-async def _exact(server: Server, prompt: list[int], **fields: Any) -> Reply:
-    marked = {"custom_params": {"mac": "exact"}}
-    return await server.generate(prompt, max_new_tokens=_TOKENS, ignore_eos=True, sampling=marked, **fields)
+async def _unmarked(server: Server, prompt: list[int], tokens: int = _TOKENS) -> Reply:
+    return await server.generate(prompt, max_new_tokens=tokens, ignore_eos=True)
 
 
 async def _load(server: Server, references: list[Reference], tally: Tally, args: argparse.Namespace) -> None:
     begin = time.monotonic()
     end = begin + args.minutes * 60
     watch = asyncio.create_task(_watch_memory(tally, begin))
-    clients = [_client(server, references, tally, number, end, args.tie) for number in range(args.clients)]
+    exact = args.preset == "exact"
+    clients = [_client(server, references, tally, number, end, args.tie, exact=exact) for number in range(args.clients)]
     try:
         await asyncio.gather(*clients)
     finally:
@@ -137,13 +143,15 @@ async def _load(server: Server, references: list[Reference], tally: Tally, args:
 
 
 async def _client(
-    server: Server, references: list[Reference], tally: Tally, number: int, end: float, tie: float
+    server: Server, references: list[Reference], tally: Tally, number: int, end: float, tie: float, *, exact: bool
 ) -> None:
     draw = random.Random(number)
     while time.monotonic() < end:
         reference, kind = draw.choice(references), draw.random()
         if kind < 0.2:
-            call = asyncio.create_task(_exact(server, reference.prompt))
+            # with and without a ring
+            answer = _exact if draw.random() < 0.5 else _unmarked
+            call = asyncio.create_task(answer(server, reference.prompt))
             # hang up while it waits, reads the prompt or decodes
             _, pending = await asyncio.wait([call], timeout=draw.uniform(0.01, 1.5))
             call.cancel()
@@ -151,27 +159,28 @@ async def _client(
                 await call
             tally.outcomes["aborted" if pending else "answered before the abort"] += 1
         elif kind < 0.5:
-            # under another preset than exact these use rings; their tokens are an approximation
-            reply = await server.generate(reference.prompt, max_new_tokens=draw.randrange(1, _TOKENS), ignore_eos=True)
+            # these use rings; under another preset than exact their tokens are an approximation
+            asked = draw.randrange(1, _TOKENS)
+            reply = await _unmarked(server, reference.prompt, asked)
             tally.outcomes["unmarked"] += 1
-            tally.tokens += len(reply.output_ids)
+            if exact:
+                _judge(reply, reference, asked, tally, tie)
+            else:
+                tally.tokens += len(reply.output_ids)
         else:
-            await _compare(server, reference, tally, tie)
+            _judge(await _exact(server, reference.prompt), reference, _TOKENS, tally, tie)
 
 
-async def _compare(server: Server, reference: Reference, tally: Tally, tie: float) -> None:
-    reply = await _exact(server, reference.prompt)
+def _judge(reply: Reply, reference: Reference, asked: int, tally: Tally, tie: float) -> None:
+    """Count an exact answer of ``asked`` tokens."""
     tally.tokens += len(reply.output_ids)
-    same = agreement(reply.output_ids, reference.tokens)
-    if same == len(reference.tokens):
-        tally.outcomes["equal"] += 1
-    elif reference.margins[same] < tie:
-        tally.outcomes["equal up to a tie"] += 1
-    else:
-        tally.outcomes["WRONG"] += 1
+    outcome = reference.judge(reply.output_ids, asked=asked, tie=tie)
+    tally.outcomes[outcome] += 1
+    if outcome == "WRONG":
+        same = agreement(reply.output_ids, reference.tokens)
         tally.wrong.append(
-            f"prompt of {len(reference.prompt)} ({reply.meta['cached_tokens']} cached): token {same} differs, "
-            f"though the best was {reference.margins[same]:.2f} nats ahead"
+            f"prompt of {len(reference.prompt)} ({reply.meta['cached_tokens']} cached): token {same} of {asked} "
+            f"differs, where the best was {reference.margins[same]:.2f} nats ahead"
         )
 
 
@@ -180,31 +189,44 @@ async def _answers(server: Server, references: list[Reference], tally: Tally, ti
     wrong = len(tally.wrong)
     await server.flush()
     for reference in references[:4]:
-        await _compare(server, reference, tally, tie)
+        _judge(await _exact(server, reference.prompt), reference, _TOKENS, tally, tie)
     return len(tally.wrong) == wrong
 
 
 async def _watch_memory(tally: Tally, begin: float) -> None:
     while True:
-        gpu, host = await asyncio.to_thread(_memory)
+        gpu, host, own = await asyncio.to_thread(_memory)
         tally.memory.append((time.monotonic() - begin, gpu, host))
+        tally.own_memory &= own
         say(f"{tally.memory[-1][0]:6.0f} s  GPU {gpu:.0f} MiB  host {host:.0f} MiB  {dict(tally.outcomes)}")
         await asyncio.sleep(max(_EVERY_S, tally.memory[-1][0] / 20))
 
 
-def _memory() -> tuple[float, float]:
-    """MiB in use on all GPUs, and of the processes below this one."""
+def _memory() -> tuple[float, float, bool]:
+    """MiB on the GPUs and in host memory of the processes below this one, and whether the first is theirs alone.
+
+    Where the driver does not know the processes by our numbers (containers), it is what is in use on all GPUs.
+    """
     import psutil
 
-    gpu = 0
-    for device in range(torch.cuda.device_count()):
-        free, total = torch.cuda.mem_get_info(device)
-        gpu += total - free
-    host = 0
+    host, family = 0, set()
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):
             host += process.memory_info().rss
-    return gpu / 2**20, host / 2**20
+            family.add(process.pid)
+    used = [
+        float(mebibytes)
+        for line in results.output(
+            "nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits"
+        ).splitlines()
+        for number, _, mebibytes in [line.partition(",")]
+        if number.strip().isdigit() and int(number) in family and mebibytes.strip().isdigit()
+    ]
+    if used:
+        return sum(used), host / 2**20, True
+    devices = range(torch.cuda.device_count())
+    free_and_total = [torch.cuda.mem_get_info(device) for device in devices]
+    return sum(total - free for free, total in free_and_total) / 2**20, host / 2**20, False
 
 
 def _verdict(tally: Tally, *, alive: bool) -> list[Check]:
@@ -214,7 +236,12 @@ def _verdict(tally: Tally, *, alive: bool) -> list[Check]:
     return [
         ("tokens of exact requests", checked > 0 and not tally.wrong, f"{len(tally.wrong)} of {checked} answers wrong"),
         ("aborts", tally.outcomes["aborted"] > 0, f"{tally.outcomes['aborted']} requests hung up on"),
-        ("GPU memory", growth <= _GROWTH_MIB, f"{growth:+.0f} MiB of {settled[-1][1]:.0f} after the first quarter"),
+        (
+            "GPU memory",
+            growth <= _GROWTH_MIB,
+            f"{growth:+.0f} MiB of {settled[-1][1]:.0f} after the first quarter, "
+            + ("of the server" if tally.own_memory else "of everything on the GPUs"),
+        ),
         ("alive and right at the end", alive, "yes" if alive else "no"),
     ]
 

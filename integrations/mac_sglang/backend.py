@@ -14,7 +14,7 @@ from mac_kernels.support import Backend, unsupported_reasons
 from . import compat, hooks, status
 from .layers import LayerMap, map_layers
 from .options import read_options
-from .plan import Fill, Plan
+from .plan import Fill, Plan, compile_fill
 from .serving import Serving, describe, start
 
 logger = logging.getLogger(__name__)
@@ -76,8 +76,8 @@ class MacAttention:
         if decode:
             self._plan = self._eager_plan(self._serving, forward_batch)
             self._begin_audit()
-        elif self._serving.fill:
-            self._fill = Fill.of(forward_batch, self.req_to_token_pool.req_to_token)
+        else:
+            self._fill = Fill.of(forward_batch, self._serving) if self._serving.fill else None
 
     def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
         """Prepare the capture or a replay of a graph: nothing to do for MAC but the plan at capture."""
@@ -153,9 +153,9 @@ class MacAttention:
             q, k, v, layer, forward_batch, save_kv_cache, **options
         )
         served = self._layers.served.get(layer.layer_id)
-        if served is not None and self._fill is not None and self._serving is not None and self._serving.fill:
+        if served is not None and self._fill is not None:
             queries = q.reshape(-1, layer.tp_q_head_num, layer.head_dim)
-            self._fill.run(queries, self._caches(layer), self._scales(layer), served, self._serving)
+            self._fill.run(queries, self._caches(layer), self._scales(layer), served)
         return out
 
     def _caches(self, layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -202,4 +202,5 @@ def _start(runner: Any, layers: LayerMap, context_len: int) -> Serving | None:
     for sentence in resolved.why:
         logger.info("mac: %s", sentence)
     logger.info("%s", describe(serving, resolved))
+    compile_fill(serving)
     return serving

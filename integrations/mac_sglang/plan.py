@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,6 +11,7 @@ import torch
 from mac_kernels import BatchMacDecodeWithPagedKVCacheWrapper, PagedKV, RowTable, fill_rings
 
 from .layers import LayerKind, MacLayer
+from .requests import SCRATCH_ROW
 from .serving import Serving
 
 
@@ -65,19 +68,37 @@ class Plan:
 
 
 class Fill:
-    """The requests of a prefill pass, for storing their last queries."""
+    """The last queries of the requests of a prefill pass that need them stored, for every layer.
 
-    def __init__(self, table: RowTable, qo_indptr: torch.Tensor) -> None:
-        self._table, self._qo_indptr = table, qo_indptr
-        self._generations = torch.zeros(table.batch_size, dtype=torch.int64, device=qo_indptr.device)
+    Parameters
+    ----------
+    serving : Serving
+    rows, lengths : torch.Tensor, [B] int32
+        Of these requests: rows of the pool, and tokens including those of the pass.
+    counts : sequence of int
+        Queries of each to be stored, at most the window.
+    queries : torch.Tensor, [sum(counts)] int64
+        Where they are among the queries of the pass.
+    """
+
+    def __init__(
+        self, serving: Serving, rows: torch.Tensor, lengths: torch.Tensor, counts: Sequence[int], queries: torch.Tensor
+    ) -> None:
+        self._serving, self._queries = serving, queries
+        self._table = RowTable(serving.runner.req_to_token_pool.req_to_token, rows, lengths)
+        self._qo_indptr = _to_device(torch.tensor([0, *itertools.accumulate(counts)], dtype=torch.int32), rows.device)
+        self._generations = torch.zeros(len(counts), dtype=torch.int64, device=rows.device)  # see RequestRings
 
     @staticmethod
-    def of(forward_batch: Any, req_to_token: torch.Tensor) -> Fill:
-        """Read a forward batch."""
-        lengths = forward_batch.extend_seq_lens
-        qo_indptr = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
-        table = RowTable(req_to_token, forward_batch.req_pool_indices, forward_batch.seq_lens)
-        return Fill(table, qo_indptr)
+    def of(forward_batch: Any, serving: Serving) -> Fill:
+        """Read a forward batch; ``serving.fill`` names its requests."""
+        device = forward_batch.seq_lens.device
+        ends = list(itertools.accumulate(forward_batch.extend_seq_lens_cpu))
+        counts = [min(forward_batch.extend_seq_lens_cpu[at], serving.config.window) for at in serving.fill]
+        spans = [torch.arange(ends[at] - count, ends[at]) for at, count in zip(serving.fill, counts, strict=True)]
+        chosen = _to_device(torch.tensor(serving.fill), device)
+        rows, lengths = forward_batch.req_pool_indices[chosen].int(), forward_batch.seq_lens[chosen].int()
+        return Fill(serving, rows, lengths, counts, _to_device(torch.cat(spans), device))
 
     def run(
         self,
@@ -85,11 +106,11 @@ class Fill:
         caches: tuple[torch.Tensor, torch.Tensor],
         scales: tuple[float, float],
         layer: MacLayer,
-        serving: Serving,
     ) -> None:
-        """Store the last queries of one layer, ``q`` [nnz_q, Hq, D]."""
+        """Store the last queries of one layer, of all queries ``q`` [nnz_q, Hq, D] of the pass."""
+        serving = self._serving
         fill_rings(
-            q,
+            q[self._queries],
             self._qo_indptr,
             PagedKV(*caches, self._table, serving.rings.layout, k_scale=scales[0], v_scale=scales[1]),
             rings=serving.rings,
@@ -103,3 +124,19 @@ class Fill:
             max_kv_len=serving.context_len,
             backend=serving.backend,
         )
+
+
+def compile_fill(serving: Serving) -> None:
+    """Run what stores a prompt's last queries once, storing nothing: no request should wait until it is compiled."""
+    layers, layout = serving.layers.served, serving.rings.layout
+    rows = torch.full((1,), SCRATCH_ROW, dtype=torch.int32, device=serving.rings.device)
+    fill = Fill(serving, rows, torch.ones_like(rows), [1], torch.zeros_like(rows, dtype=torch.int64))
+    q = torch.zeros(1, layout.num_qo_heads, layout.head_dim, dtype=serving.runner.dtype, device=rows.device)
+    for number in {layer.kind: number for number, layer in layers.items()}.values():
+        k_cache, v_cache = serving.runner.token_to_kv_pool.get_kv_buffer(number)
+        fill.run(q, (k_cache.unsqueeze(1), v_cache.unsqueeze(1)), (1.0, 1.0), layers[number])
+
+
+def _to_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copy small host values without waiting for the device."""
+    return (values.pin_memory() if device.type == "cuda" else values).to(device, non_blocking=True)

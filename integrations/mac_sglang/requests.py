@@ -15,6 +15,8 @@ SCRATCH_ROW = 0
 MOST_STEADY_PASSES = 64
 """After so many decode passes of the same requests all of them are looked at again."""
 PASSES_BETWEEN_TRIES = 16
+WINDOW_PER_FEWEST = 32
+"""A pass has to bring at least this part of a window of a request's queries for them to be stored."""
 EXACT_NAMESPACE = "mac:exact"
 """Ends the radix key of a request that asked for exact attention, so that it never reads KV made under MAC."""
 
@@ -72,6 +74,7 @@ class RequestRings:
 
     def __init__(self, rings: RingPool, pool: RowPool, *, worthwhile: int, reasons: Counter[str]) -> None:
         self._rings, self._pool, self._worthwhile, self._reasons = rings, pool, worthwhile, reasons
+        self._fewest = max(1, rings.window // WINDOW_PER_FEWEST)
         self._owner: dict[int, tuple[int, str]] = {}
         self._with_ring: set[int] = set()
         self._counted: set[int] = set()
@@ -88,12 +91,17 @@ class RequestRings:
         self._steady_passes -= 1
         return True
 
-    def begin(self, rows: Sequence[BatchRow], restore: Restore | None) -> bool:
-        """Settle the rings of a forward pass; returns whether its last queries are to be stored (prefill)."""
+    def begin(self, rows: Sequence[BatchRow], restore: Restore | None) -> list[int]:
+        """Settle the rings of a forward pass; returns which of its requests' last queries are to be stored (prefill).
+
+        Those with a ring whose chunk comes within a window of the prompt's end: later rows would replace all others.
+        And not for a handful of queries, as at the end of a prompt that is cached already: they would attend to the
+        whole context with hardly any parallelism, for rows that a full ring hardly misses.
+        """
         self._drop_reused()
-        fill = False
+        fill: list[int] = []
         slots = [row.slot for row in rows]
-        for row, generation in zip(rows, self._generations(slots), strict=True):
+        for index, (row, generation) in enumerate(zip(rows, self._generations(slots), strict=True)):
             if row.slot == SCRATCH_ROW:
                 continue
             if self._owner.get(row.slot) != (generation, row.rid):
@@ -101,7 +109,9 @@ class RequestRings:
                 self._owner[row.slot] = (generation, row.rid)
             if row.slot not in self._with_ring:
                 self._try(row, restore)
-            fill |= row.extend and row.slot in self._with_ring and row.end > row.tokens - self._rings.window
+            near_end = row.extend and row.end > row.tokens - self._rings.window
+            if near_end and row.slot in self._with_ring and row.end - row.prefix >= self._fewest:
+                fill.append(index)
         self._batch, self._watched = slots, [*slots, *self._with_ring]
         self._seen = self._generations(self._watched)
         self._steady_passes = min((self._passes_until_change(row) for row in rows), default=0)

@@ -17,6 +17,7 @@ from mac_kernels.ring import ROW_DTYPES
 from mac_kernels.support import Backend
 
 from . import compat
+from .break_even import describe as break_even_hit_rate
 from .layers import LayerMap
 from .options import DEFAULT_RING_SHARE, ServingOptions
 from .requests import BatchRow, RequestRings
@@ -36,8 +37,8 @@ class Serving:
     ``context_len`` longest context in tokens; ``backend`` of the kernels; ``kv_token_bytes`` bytes of keys and values
     of one token and kv head; ``fallbacks`` what ran exactly, by reason (layers once at start, requests once each);
     ``padded_groups`` kv groups that were counted as ``NO_RING`` for entries that only pad a graph; ``on_step`` is
-    called before every pass, on its stream, and must not sync; ``fill`` whether the last queries of the pass in
-    progress are to be stored.
+    called before every pass, on its stream, and must not sync; ``fill`` the requests of the pass in progress, by their
+    place in the batch, whose last queries are to be stored.
     """
 
     runner: Any
@@ -54,7 +55,7 @@ class Serving:
     auditor: Auditor | None = None
     on_step: list[Callable[[], None]] = field(default_factory=list)
     padded_groups: int = 0
-    fill: bool = False
+    fill: Sequence[int] = ()
     _stale: str = ""
 
     def begin(self, slots: list[int], rows: Callable[[], Sequence[BatchRow]], *, extend: bool) -> None:
@@ -209,16 +210,23 @@ def _export(serving: Serving) -> None:
 
 
 def describe(serving: Serving, resolved: ResolvedConfig) -> str:
-    """One line for the start-up log: config and source, rings and their bytes, backend, what runs exactly."""
+    """One line for the start-up log: config, source, rings and bytes, break-even hit rate, what runs exactly."""
     sources = ", ".join(dict.fromkeys(source.where for source in resolved.sources.values()))
     rings, layers = serving.rings, serving.layers
     snapshots = "off" if serving.snapshots is None else f"{serving.options.snapshot_memory_gb:g} GiB of host memory"
+    break_even = break_even_hit_rate(
+        rings.device,
+        rings.layout,
+        dtype=serving.runner.kv_cache_dtype,
+        page_size=1,  # the request pool's rows name token slots, whatever the page size
+        context_len=serving.context_len,
+    )
     exact = "; ".join(f"{reason}: layers {where}" for reason, where in layers.reasons().items())
     # tables by layer and head would fill pages
     changed = {name: value for name, value in serving.config.to_dict().items() if not isinstance(value, tuple)}
     return (
         f"mac: config {resolved.name} from {sources} {changed}; {rings.num_rings} rings, "
         f"{rings.nbytes / 2**20:.1f} MiB (set by serving.ring_memory_gb); "
-        f"snapshots {snapshots}; backend {serving.backend}; {len(layers.served)} layers"
+        f"snapshots {snapshots}; {break_even}; backend {serving.backend}; {len(layers.served)} layers"
         + (f"; exact attention for {exact}" if exact else "")
     )

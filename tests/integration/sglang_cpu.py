@@ -29,13 +29,14 @@ def _work_around() -> None:
 
 def _count_into(path: Path) -> None:
     """Let the scheduler process write what MAC counted to a file."""
-    from mac_sglang import backend, serving
+    from mac_sglang import backend, compat, serving
 
     begin = serving.start
 
     def started(*args: Any, **kwargs: Any) -> serving.Serving:
         active = begin(*args, **kwargs)
-        active.on_step.append(lambda: path.write_text(json.dumps(_counts(active))))
+        if compat.tensor_rank() == 0:
+            active.on_step.append(lambda: path.write_text(json.dumps(_counts(active))))
         return active
 
     backend.start = started

@@ -68,7 +68,7 @@ def test_scheduler_builds_its_cache_through_the_hooked_function() -> None:
     [
         ("sglang.srt.model_executor.forward_batch_info.ForwardBatch", [
             "forward_mode", "batch_size", "req_pool_indices", "seq_lens", "out_cache_loc",
-            "extend_prefix_lens_cpu", "extend_seq_lens", "extend_seq_lens_cpu",
+            "extend_prefix_lens_cpu", "extend_seq_lens_cpu",
         ]),
     ],
 )  # fmt: skip

@@ -73,17 +73,18 @@ class Engines:
         self.run = functools.cache(self._run)
 
     def _run(self, name: str) -> dict[str, Any]:
-        base = name.removesuffix(" again")
+        base = name.removesuffix(" again").removesuffix(" on two ranks")
         steps = {
             "hit": [*STEPS, requests(LONG, MIDDLE, SHORT, custom_params=EXACT)],
             "hit again": STEPS[ALONE],
+            "hit on two ranks": [*STEPS[ALONE], requests(LONG, MIDDLE, SHORT, custom_params=EXACT)],
         }.get(name, STEPS)
         engine = {
             "model_path": str(self._model), "skip_tokenizer_init": True, "device": "cpu", "dtype": "float32",
             "attention_backend": "mac" if base in CONFIGS else base, "sampling_backend": "pytorch",
             "disable_cuda_graph": True, "max_total_tokens": KV_TOKENS, "max_running_requests": 4,
             "context_length": 256, "chunked_prefill_size": 32, "random_seed": 1, "log_level": "info",
-            "schedule_conservativeness": 0.1,
+            "schedule_conservativeness": 0.1, "tp_size": 2 if name.endswith(" on two ranks") else 1,
         }  # fmt: skip
         script, result = self._folder / f"{name}.json", self._folder / f"{name}.result"
         script.write_text(json.dumps({"engine": engine, "steps": steps}))
@@ -91,7 +92,12 @@ class Engines:
         config.write_text(json.dumps(CONFIGS.get(base, {"schema": 1})))
         done = subprocess.run(
             [sys.executable, str(Path(__file__).with_name("sglang_cpu.py")), str(script), str(result)],
-            env={**os.environ, "MAC_KERNELS_CONFIG": str(config), "OMP_WAIT_POLICY": "PASSIVE"},
+            env={
+                **os.environ,
+                "MAC_KERNELS_CONFIG": str(config),
+                "OMP_WAIT_POLICY": "PASSIVE",
+                **({"SGLANG_CPU_OMP_THREADS_BIND": "0|0"} if engine["tp_size"] == 2 else {}),
+            },
             capture_output=True,
             text=True,
             timeout=900,  # alone about 30 s; a busy machine needs many times that
@@ -154,10 +160,17 @@ def test_restart_gives_the_same_tokens(engines: Engines) -> None:
     assert engines.run("hit")["outputs"][ALONE] == engines.run("hit again")["outputs"]
 
 
+def test_two_ranks_give_the_tokens_of_one(engines: Engines) -> None:
+    exact, one, two = (engines.run(name) for name in ("torch_native", "hit", "hit on two ranks"))
+    assert two["outputs"][:-1] == one["outputs"][ALONE]
+    assert two["outputs"][-1] == exact["outputs"][0]  # these asked for exact
+    assert two["counts"]["groups"]["HIT"] > 0 and two["counts"]["snapshots"]["saves"] > 0
+
+
 def test_start_up_line_tells_config_and_rings(engines: Engines) -> None:
     log = engines.run("exact")["log"]
     line = next(line for line in log.splitlines() if "mac: config" in line)
     assert "preset exact" in line
-    assert "serving.ring_memory_gb" in line
+    assert "serving.ring_memory_gb" in line and "break-even hit rate" in line
     steps = ("supported SGLang", "attention backend", "radix cache backend", "hooks")
     assert "mac-kernels plugin: " + "; ".join(f"{step}: done" for step in steps) in log

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 from collections import Counter
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
-from benchmarks import results, soak
-from benchmarks.serving import Launch, agreement, groups, hit_rate, steady_speed, three
+from benchmarks import results, sglang_latency, soak
+from benchmarks.serving import Launch, agreement, free_port, groups, hit_rate, steady_speed, three
 from benchmarks.sglang import command_line
-from benchmarks.sglang_latency import MAC_CONFIGS, Measured, WrongResultError, _check, _rows
-from benchmarks.sglang_smollm2 import make_prompts
+from benchmarks.sglang_latency import MAC_CONFIGS, Measured, WrongResultError, _rows
+from benchmarks.sglang_smollm2 import make_prompts, pad_heads
 from mac_kernels import MacConfig
 from mac_kernels.config import parse_config
 from mac_kernels.errors import InputError
@@ -88,34 +90,100 @@ def test_forced_configs_are_configs(name: str) -> None:
     assert config.correction and config.sinks == 4
 
 
+class Speaks:
+    """A server whose requests share what they share, and that counts as many hits as it is told to."""
+
+    def __init__(self, hits: float = 1.0) -> None:
+        self.hits, self.asked, self.known = hits, [], set()
+
+    async def generate(self, prompt: list[int], *, max_new_tokens: int, **fields: Any) -> Reply:
+        self.asked.append((len(prompt), max_new_tokens, fields.get("sampling")))
+        begins = tuple(prompt[: len(prompt) // 2])
+        cached = len(begins) if begins in self.known else 0
+        self.known.add(begins)
+        arrivals = [1 + 0.001 * len(self.asked) + 0.01 * at for at in range(max_new_tokens)]
+        meta = {"cached_tokens": cached, "forward_entry_time": 5.0, "prefill_finished_time": 5.75}
+        return Reply(0.001 * len(self.asked), list(range(max_new_tokens)), arrivals, "", meta)
+
+    async def count(self, server: Speaks) -> Counter[str]:
+        done = len(self.asked)
+        return Counter(HIT=round(1000 * done * self.hits), AGE=1000 * done - round(1000 * done * self.hits))
+
+
+def latency(*arguments: str) -> Any:
+    parser = argparse.ArgumentParser()
+    sglang_latency.add_arguments(parser)
+    args = parser.parse_args(["--long", "400", "--short", "100", "--tokens", "60", *arguments])
+    args.baseline, args.tp = "flashinfer", 1
+    return args
+
+
+def measure(name: str, server: Speaks, args: Any, monkeypatch: pytest.MonkeyPatch) -> Measured:
+    monkeypatch.setattr("benchmarks.sglang_latency.groups", server.count)
+    measured = Measured()
+    prompts = sglang_latency.make_prompts(args, vocab=1000)
+    asyncio.run(sglang_latency._measure(server, name, measured, prompts, args))
+    return measured
+
+
 @pytest.mark.parametrize(("name", "rate", "good"), [("always-hit", 0.99, True), ("always-hit", 0.9, False),
-                                                    ("never-hit", 0.0, True), ("never-hit", 0.1, False),
-                                                    ("always-hit", float("nan"), False)])  # fmt: skip
-def test_a_server_that_did_not_do_what_was_forced_is_not_reported(name: str, rate: float, good: bool) -> None:
+                                                    ("never-hit", 0.0, True), ("never-hit", 0.1, False)])  # fmt: skip
+def test_a_server_that_did_not_do_what_was_forced_is_not_reported(
+    name: str, rate: float, good: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if good:
-        _check(name, Measured(hit_rate=rate))
+        assert measure(name, Speaks(rate), latency(), monkeypatch).hit_rate.keys() == {1, 3}
     else:
-        with pytest.raises(WrongResultError):
-            _check(name, Measured(hit_rate=rate))
+        with pytest.raises(WrongResultError, match="hit rate"):
+            measure(name, Speaks(rate), latency(), monkeypatch)
+
+
+def test_what_a_server_of_mac_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = Speaks()
+    measured = measure("always-hit", server, latency(), monkeypatch)
+    exact = [length for length, _, sampling in server.asked if sampling == sglang_latency.EXACT]
+    assert exact == [100] * 2
+    assert [length for length, tokens, _ in server.asked if tokens == 1] == [100] * 3 + exact + [400] * 3
+    assert (
+        measured.samples["ttft", 1, 400] == pytest.approx([1.0] * 3)
+        and measured.prefill_s["ttft", 1, 400] == [0.75] * 3
+    )
+    assert len(measured.samples["throughput", 3, 400]) == 8
+    assert [len(tokens) for tokens in measured.tokens.values()] == [1, 3]
+
+
+def test_requests_of_a_batch_may_share_a_prefix(monkeypatch: pytest.MonkeyPatch) -> None:
+    args = latency("--own", "40", "--batches", "1,8", "--short", "0")
+    prompts = sglang_latency.make_prompts(args, vocab=1000)
+    assert {tuple(prompt[:360]) for prompt in prompts.longs} == {tuple(prompts.longs[0][:360])}
+    assert len({tuple(prompt[360:]) for prompt in prompts.longs}) == 8 and not prompts.shorts
+    server = Speaks()
+    measured = measure("flashinfer", server, args, monkeypatch)
+    assert [length for length, tokens, _ in server.asked if tokens == 1] == [400]
+    assert len(measured.tokens[8]) == 8
 
 
 def test_rows_compare_with_the_baseline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("benchmarks.sglang_latency.sglang_version", lambda: "sglang 0.5.23")
-    full = Measured(hit_rate=float("nan"), tokens=[[1, 2, 3], [4, 5, 6]])
-    full.samples["throughput", 1, 1000] += [10.0, 10.0, 10.0]
+    full = Measured(tokens={2: [[1, 2, 3], [4, 5, 6]]}, hit_rate={2: float("nan")})
+    full.samples["throughput", 2, 1000] += [10.0, 10.0, 10.0]
     full.samples["ttft", 1, 1000] += [2.0]
-    mac = Measured(hit_rate=1.0, tokens=[[1, 2, 9], [4, 5, 6]])
-    mac.samples["throughput", 1, 1000] += [25.0]
+    mac = Measured(hit_rate={2: 1.0}, tokens={2: [[1, 2, 9], [4, 5, 6]]})
+    mac.samples["throughput", 2, 1000] += [25.0]
     mac.samples["ttft", 1, 1000] += [2.1]
+    mac.samples["ttft_exact", 1, 1000] += [2.2]
     shape = {"num_attention_heads": 8, "num_key_value_heads": 2, "hidden_size": 512}
-    args = SimpleNamespace(baseline="flashinfer", tp=1, long=1000)
+    args = latency("--long", "1000")
     rows = _rows({"flashinfer": full, "always-hit": mac}, args, shape, {"gpu": "none"})
     by = {(row["provider"], row["metric"]): row for row in rows}
     assert by["mac", "throughput_ratio"]["p50"] == "2.5" and by["mac", "ttft_ratio"]["p50"] == "1.05"
+    assert by["mac", "ttft_exact_ratio"]["p50"] == "1.1"
     assert by["mac", "agreement"]["p20"] == "2" and by["mac", "agreement"]["n"] == "2"
-    assert ("flashinfer", "throughput_ratio") not in by
-    assert by["mac", "throughput"]["head_dim"] == "64"
+    assert ("flashinfer", "throughput_ratio") not in by and ("flashinfer", "hit_rate") not in by
+    assert by["mac", "throughput"]["head_dim"] == "64" and by["mac", "throughput"]["case"] == "latency"
     assert all(set(row) <= set(results.COLUMNS) for row in rows)
+    shared = _rows({"flashinfer": full}, latency("--long", "1000", "--own", "30"), shape, {"gpu": "none"})
+    assert {row["case"] for row in shared} == {"latency-shared-but-30"}
 
 
 def test_prompts_of_a_text() -> None:
@@ -128,11 +196,34 @@ def test_prompts_of_a_text() -> None:
         make_prompts(range(2000), batch=3, length=700)
 
 
+def test_heads_of_zeros_change_no_output() -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    shape = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "vocab_size": 50}
+    config = transformers.LlamaConfig(**shape, num_attention_heads=6, num_key_value_heads=3, tie_word_embeddings=True)
+    plain = transformers.LlamaForCausalLM(config).eval()
+    tokens = torch.randint(0, 50, (1, 12))
+    want = plain(tokens).logits
+    weights = plain.state_dict()
+    pad_heads(config, weights, tp=2)
+    assert (config.num_attention_heads, config.num_key_value_heads, config.head_dim) == (8, 4, 4)
+    padded = transformers.LlamaForCausalLM(config).eval()
+    padded.load_state_dict(weights)
+    torch.testing.assert_close(padded(tokens).logits, want)
+    same = dict(weights)
+    pad_heads(config, weights, tp=4)
+    assert config.num_key_value_heads == 4 and all(weights[name] is same[name] for name in same)
+
+
 def test_a_launch_passes_everything_on() -> None:
     launch = Launch("a", "mac", soak.Path("model"), {}, ("--tp", "2"))
-    command = launch.command(1234)
+    command = launch.command(1234, 5678)
     assert command[1:3] == ["-m", "sglang.launch_server"] and command[-2:] == ["--tp", "2"]
-    assert "--enable-metrics" in command and "1234" in command
+    assert "--enable-metrics" in command and "1234" in command and "5678" in command
+
+
+def test_no_port_is_given_twice() -> None:
+    assert len({free_port() for _ in range(50)}) == 50
 
 
 class Answers:
@@ -147,16 +238,44 @@ class Answers:
 
 
 @pytest.mark.parametrize(
-    ("tokens", "outcome"),
-    [([5, 6, 7, 8], "equal"), ([5, 6, 9, 9], "equal up to a tie"), ([5, 1, 7, 8], "WRONG"), ([1, 1, 1, 1], "WRONG")],
+    ("tokens", "asked", "outcome"),
+    [
+        ([5, 6, 7, 8], 4, "equal"),
+        ([5, 6], 2, "equal"),
+        ([5, 6, 9, 9], 4, "equal up to a tie"),
+        ([5, 1, 7, 8], 4, "WRONG"),
+        ([5, 6], 4, "WRONG"),  # half an answer
+        ([1, 1, 1, 1], 4, "WRONG"),
+    ],
 )
-def test_the_soak_tells_a_tie_from_a_wrong_token(tokens: list[int], outcome: str) -> None:
+def test_the_soak_tells_a_tie_from_a_wrong_token(tokens: list[int], asked: int, outcome: str) -> None:
     reference = soak.Reference([1, 2, 3], [5, 6, 7, 8], [3.0, 2.0, 0.1, 4.0])
     tally, server = soak.Tally(), Answers(tokens)
-    asyncio.run(soak._compare(server, reference, tally, tie=0.5))
+    soak._judge(asyncio.run(soak._exact(server, [1, 2, 3])), reference, asked, tally, 0.5)
     assert tally.outcomes == Counter({outcome: 1})
     assert bool(tally.wrong) == (outcome == "WRONG")
     assert server.asked[0]["sampling"] == {"custom_params": {"mac": "exact"}}
+
+
+class Right:
+    """A server that answers every prompt right, after a while, and to unmarked requests nonsense."""
+
+    async def generate(self, prompt: list[int], *, max_new_tokens: int, **fields: Any) -> Reply:
+        await asyncio.sleep(0.002)
+        tokens = list(range(max_new_tokens)) if fields.get("sampling") else [99] * max_new_tokens
+        return reply(*range(max_new_tokens), tokens=tokens)
+
+
+@pytest.mark.parametrize("preset", ["fast", "exact"])
+def test_the_load_of_a_soak(preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(soak, "_memory", lambda: (100.0, 10.0, True))
+    references = [soak.Reference([1, 2, 3], list(range(200)), [3.0] * 200)]
+    tally, args = soak.Tally(), SimpleNamespace(minutes=0.02, clients=4, preset=preset, tie=0.5)
+    asyncio.run(soak._load(Right(), references, tally, args))
+    assert tally.outcomes["equal"] > 10 and tally.outcomes["unmarked"] > 10 and tally.memory
+    # only under `exact` an unmarked answer has to be the first one
+    assert bool(tally.wrong) == (preset == "exact")
+    assert tally.outcomes["aborted"] + tally.outcomes["answered before the abort"] > 5
 
 
 @pytest.mark.parametrize(

@@ -30,18 +30,18 @@ class Pool:
 
 
 class World:
-    def __init__(self, num_rings: int = ROWS) -> None:
+    def __init__(self, num_rings: int = ROWS, window: int = WINDOW) -> None:
         self.pool = Pool()
-        self.rings = RingPool(num_rings=num_rings, num_layers=1, layout=LAYOUT, window=WINDOW, num_slots=ROWS + 1)
+        self.rings = RingPool(num_rings=num_rings, num_layers=1, layout=LAYOUT, window=window, num_slots=ROWS + 1)
         self.reasons: Counter[str] = Counter()
         self.table = RequestRings(self.rings, self.pool, worthwhile=WORTHWHILE, reasons=self.reasons)
         self.restored: list[tuple[str, int, int]] = []
         self.steady_passes = 0
 
-    def begin(self, *rows: BatchRow) -> bool:
+    def begin(self, *rows: BatchRow) -> list[int]:
         if all(not row.extend for row in rows) and self.table.steady([row.slot for row in rows]):
             self.steady_passes += 1
-            return False
+            return []
         return self.table.begin(rows, self.restore)
 
     def restore(self, rid: str, slot: int, prefix_len: int) -> int:
@@ -90,6 +90,14 @@ def test_whole_prompt_counts_at_its_first_chunk_and_only_the_last_chunks_are_sto
     assert world.begin(prefill(slot, "a", 30, 27, prefix=26))
     assert world.begin(prefill(slot, "a", 30, prefix=27))
     assert len(world.restored) == 1
+
+
+def test_a_handful_of_queries_is_not_stored() -> None:
+    world = World(window=128)
+    slot = world.pool.give()
+    assert world.begin(prefill(slot, "a", 200, 196)) == [0]
+    assert world.begin(prefill(slot, "a", 200, prefix=197)) == []
+    assert world.begin(prefill(slot, "a", 200, prefix=196)) == [0]
 
 
 def test_row_that_was_given_out_again_starts_empty() -> None:

@@ -1,0 +1,86 @@
+"""The break-even hit rate of the start-up line: its estimate beside the committed measurements."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from benchmarks import results
+from mac_kernels import HeadLayout
+from mac_sglang import break_even as module
+from mac_sglang.break_even import MISS_US, break_even, describe
+
+H100_BYTES_PER_US = 3.06e6
+G4, G8 = HeadLayout(32, 8, 128), HeadLayout(32, 4, 128)
+BF16_TOKEN = 2 * 128 * 2
+
+
+def estimate(layout: HeadLayout, batch: int, context: int) -> float | None:
+    return break_even(layout, batch=batch, context=context, token_bytes=BF16_TOKEN, bytes_per_us=H100_BYTES_PER_US)
+
+
+def measured_rates() -> list[tuple[HeadLayout, int, int, float]]:
+    """What the table of the H100 says, by layout, batch and context."""
+    times: dict[tuple[str, ...], float] = {}
+    for row in results.read(results.RESULTS / "NVIDIA_H100_80GB_HBM3" / "decode.csv"):
+        shape = tuple(row[name] for name in ("hq", "hkv", "head_dim", "batch", "context"))
+        if row["metric"] == "latency" and row["config"] in ("careful", "full") and row["dtype"] == "bfloat16":
+            times[(row["provider"], row["hit_rate"], *shape)] = float(row["p50"])
+    found = []
+    for (provider, hit_rate, *shape), miss in times.items():
+        others = [times.get((name, rate, *shape)) for name, rate in (("flashinfer-tc", "0"), ("mac", "1"))]
+        if provider == "mac" and hit_rate == "0" and None not in others:
+            full, hit = others
+            layout = HeadLayout(*(int(number) for number in shape[:3]))
+            found.append((layout, int(shape[3]), int(shape[4]), (miss - full) / (miss - hit)))
+    return found
+
+
+def test_the_estimate_is_near_what_was_measured() -> None:
+    rates = measured_rates()
+    assert len(rates) >= 8
+    for layout, batch, context, rate in rates:
+        guess = estimate(layout, batch, context)
+        assert guess is not None and rate - 0.1 < guess < rate + 0.25, (layout, batch, context, rate, guess)
+
+
+def test_more_to_read_needs_fewer_hits() -> None:
+    rates = [estimate(G4, 1, context) for context in (8_192, 32_768, 131_072)]
+    assert rates[0] > rates[1] > rates[2] > 0
+    assert estimate(G4, 8, 32_768) < rates[1]
+    assert estimate(G8, 1, 32_768) > rates[1]  # half the keys and values
+    assert estimate(G8, 1, 256) is None
+
+
+def test_measured_steps_win() -> None:
+    rate = break_even(G4, batch=1, context=8, token_bytes=1, bytes_per_us=1.0, measured=(20.0, 90.0))
+    assert rate == MISS_US / 70
+
+
+def test_the_line_names_a_figure_and_its_source(monkeypatch: pytest.MonkeyPatch) -> None:
+    testing = pytest.importorskip("triton.testing")
+    monkeypatch.setattr(testing, "get_dram_gbps", lambda device: 3352.0)  # an H100's
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA Test")
+    where = {"dtype": torch.bfloat16, "page_size": 1, "context_len": 131_072}
+    line = describe(torch.device("cuda"), G4, **where)
+    assert "about 0.25 at 32768 tokens" in line and "at 131072 tokens" in line and "estimated" in line
+    found = SimpleNamespace(
+        path=Path("tuned.json"),
+        file=SimpleNamespace(
+            coverage=SimpleNamespace(missing=lambda batch, context: None),
+            nearest=lambda batch, context: SimpleNamespace(
+                latency={"1": SimpleNamespace(value=20.0), "0": SimpleNamespace(value=20.0 + MISS_US * 4)}
+            ),
+        ),
+    )
+    monkeypatch.setattr(module, "find_kernel", lambda key: found)
+    line = describe(torch.device("cuda"), G4, **where)
+    assert "about 0.25 at 32768 tokens, about 0.25 at 131072 tokens" in line and "from tuned.json" in line
+
+
+def test_no_figure_without_a_gpu() -> None:
+    line = describe(torch.device("cpu"), G4, dtype=torch.bfloat16, page_size=1, context_len=1000)
+    assert line == "break-even hit rate unknown without a GPU"
