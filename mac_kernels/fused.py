@@ -11,7 +11,6 @@ import triton
 
 from .attend.triton import rest_kernel
 from .complete.triton import complete_kernel
-from .complete.triton_hit import decide_and_finish_kernel
 from .errors import UnsupportedError
 from .launch import LaunchParams, block_n, default_launch, nominees_at_once
 from .match.accept import limit_tables
@@ -136,13 +135,7 @@ class FusedStep:
             bound = self._bound[form] = self._bind(q, kv, rings, layer)
         aligned = address % 16 == 0
         bound.scout(q, stride_b, stride_h, k, v, slots, generations, k_scale, v_scale, aligned=aligned)
-        if self.launch.finish_hits:
-            bound.decide(
-                q, stride_b, stride_h, k, v, slots, generations, k_scale, v_scale, out, out_stride_b, out_stride_h,
-                aligned=aligned,
-            )  # fmt: skip
-        else:
-            bound.decide(q, stride_b, stride_h, slots, generations, aligned=aligned)
+        bound.decide(q, stride_b, stride_h, slots, generations, aligned=aligned)
         bound.rest(q, stride_b, stride_h, k, v, k_scale, v_scale, aligned=aligned)
         bound.complete(out, out_stride_b, out_stride_h, aligned=aligned)
 
@@ -183,13 +176,7 @@ class FusedStep:
                 BLOCK_N=block_n(launch.scout_tile_bytes, block_d, itemsize, band),
                 STAGES=launch.scout_stages,
             ),
-            decide=bind(
-                decide_and_finish_kernel if launch.finish_hits else decide_kernel,
-                self._groups,
-                launch.decide_warps,
-                BLOCK_N=block_n(launch.decide_tile_bytes, block_d, itemsize),
-                STAGES=launch.decide_stages,
-            ),
+            decide=bind(decide_kernel, self._groups, launch.decide_warps),
             rest=bind(
                 rest_kernel,
                 self.programs,

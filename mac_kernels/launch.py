@@ -14,9 +14,9 @@ class LaunchParams:
     """Launch parameters of the kernels; the defaults are safe on every GPU that the backend supports.
 
     Scout: ``splits`` programs per kv group scan the ring, ``block_rows`` rows at a time, and as many attend to band and
-    sinks. Decide: one program per kv group, which also attends to the rest of a reused one. Rest: ``programs_per_sm``.
-    All three attend to ``..._tile_bytes`` of keys and values at once. Complete: ``block_parts`` parts of
-    ``block_heads`` heads merged at once. Warps and stages as in Triton.
+    sinks. Decide: one program per kv group. Rest: ``programs_per_sm``. Both attend to ``..._tile_bytes`` of keys and
+    values at once. Complete: ``block_parts`` parts of ``block_heads`` heads merged at once. Warps and stages as in
+    Triton.
     """
 
     splits: int = 1
@@ -24,10 +24,7 @@ class LaunchParams:
     scout_warps: int = 4
     scout_stages: int = 2
     block_rows: int = 64
-    finish_hits: int = 0
-    decide_tile_bytes: int = 32 * 1024
     decide_warps: int = 4
-    decide_stages: int = 2
     programs_per_sm: int = 2
     rest_tile_bytes: int = 32 * 1024
     rest_warps: int = 4

@@ -1,15 +1,20 @@
 """Calibrate ``influence_scale``: how much a reused head's error does to the residual stream, head by head.
 
 The influence bound judges weight x distance, in units that are the same for every head; what such a step does to the
-model is not. One exact forward pass tells it: at positions near the end of a passage every head's nearest row is reused
-on paper, and the error that reaches the residual stream is compared with what the bound saw.
+model is not. One exact forward pass tells it: at some positions of a passage every head's nearest row is reused on
+paper, and the error that reaches the residual stream is compared with what the bound saw.
+
+A head that fetches a fact from far back hardly shows in ordinary text: the old query did not look for the fact, so the
+stored weight is small, the step looks harmless, and the fact is lost. Passages that end in the answer to a question
+about something far back show it, and raise the factors of such heads.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,11 +28,36 @@ from mac_kernels.complete.reference import correct, merge_state
 from mac_kernels.config import HeadTable
 from mac_kernels.match.accept import distance_cap
 from mac_kernels.types import covered_end
-from mac_transformers.intercept import intercepted, layout_of, num_layers_of, residual_norms
+from mac_transformers.intercept import intercepted, num_layers_of, residual_norms
 from mac_transformers.rope import ModelRope
 
+CALIBRATED_THRESHOLD = 0.3
+"""Distance cap of calibrated configs: looser than the presets', since the scale knows which heads fetch facts."""
 _FEWEST_NEAR = 16  # samples within the distance cap below which all samples of a head are taken
 _DIGITS = 4
+
+
+def calibrated(config: MacConfig, scale: HeadTable) -> MacConfig:
+    """What a preset becomes with a calibrated scale: a looser distance cap and half the influence bound.
+
+    It then reads less at a lower divergence (figures in ``match/README.md``).
+
+    Raises
+    ------
+    InputError
+        If the preset has no influence bound that could be scaled.
+    """
+    if config.influence is None or config.threshold >= 1:
+        raise InputError(
+            f"a scale means nothing with threshold={config.threshold} and influence={config.influence}; "
+            "calibrate for careful, balanced or fast"
+        )
+    return dataclasses.replace(
+        config,
+        threshold=min(config.threshold, CALIBRATED_THRESHOLD),
+        influence=config.influence / 2,
+        influence_scale=scale,
+    )
 
 
 @torch.inference_mode()
@@ -37,6 +67,7 @@ def calibrate(
     *,
     config: MacConfig | None = None,
     positions: int = 64,
+    answered: Sequence[tuple[torch.Tensor, int]] = (),
     progress: Callable[[int, int], None] | None = None,
 ) -> HeadTable:
     """Measure the ``influence_scale`` of every layer and query head.
@@ -51,6 +82,10 @@ def calibrate(
         Window, band, sinks, threshold and correction that the scale is for. Default: the preset ``careful``.
     positions : int, default 64
         Queries per passage at which reuse is tried, spread over the passage's second half.
+    answered : sequence of ([L] int64, int), optional
+        Passages that end in the answer to a question about something far back, and how many of their newest tokens
+        that is; reuse is tried there. They raise the factors of heads whose error is larger there, relative to what
+        the bound sees, than the usual head's; they lower none.
     progress : callable, optional
         Called as ``progress(done, total)`` after every layer of every passage.
 
@@ -58,7 +93,7 @@ def calibrate(
     -------
     tuple of tuple of float
         By layer and query head, ``> 0``, geometric mean 1: root mean square of (error in the residual stream relative
-        to its norm) over that of (weight x distance).
+        to its norm) over that of (weight x distance), times the excess in ``answered``, if any.
 
     Raises
     ------
@@ -68,32 +103,57 @@ def calibrate(
         If the model's attention does not end in ``o_proj``.
     """
     config = MacConfig() if config is None else config
-    if tokens.dim() != 2 or tokens.shape[1] < 2 * config.window + config.band + config.sinks or positions < 1:
-        least = 2 * config.window + config.band + config.sinks
+    least = 2 * config.window + config.band + config.sinks
+    shortest = min([tokens.shape[-1], *(len(passage) for passage, _ in answered)])
+    if tokens.dim() != 2 or shortest < least or positions < 1:
         raise InputError(
             f"calibration needs passages of at least {least} tokens (two windows, band and sinks) and positions >= 1, "
-            f"got {list(tokens.shape)} and {positions}; take longer passages"
+            f"got {list(tokens.shape)}, the shortest of {shortest}, and {positions}; take longer passages"
         )
-    layout, layers = layout_of(model), num_layers_of(model)
+    length = tokens.shape[1]
+    spread = torch.linspace(length // 2, length - 1, positions).long()
+    usual = [(passage, spread) for passage in tokens]
+    asked = [(passage, torch.arange(len(passage) - count - 1, len(passage))) for passage, count in answered]
+    layers = num_layers_of(model)
+    tell = functools.partial(_tell, progress, layers, len(usual) + len(asked))
+    scale = _ratios(model, usual, config, functools.partial(tell, 0))
+    known = scale[scale.isfinite() & (scale > 0)]
+    if not len(known):
+        raise InputError("reuse changed nothing in any layer; does the model attend at all? Take other passages")
+    # a head without samples is treated as the average one
+    scale = torch.where(scale.isfinite() & (scale > 0), scale, known.log().mean().exp())
+    if asked:
+        excess = _ratios(model, asked, config, functools.partial(tell, len(usual))) / scale
+        scale *= (excess / excess.nanmedian()).nan_to_num(1.0).clamp(min=1.0)
+    scale /= scale.log().mean().exp()
+    return tuple(tuple(round(value, _DIGITS) for value in row) for row in scale.tolist())
+
+
+def _tell(progress: Callable[[int, int], None] | None, layers: int, passages: int, before: int, done: int) -> None:
+    if progress is not None:
+        progress(before * layers + done, passages * layers)
+
+
+def _ratios(
+    model: PreTrainedModel,
+    passages: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    config: MacConfig,
+    progress: Callable[[int], None],
+) -> torch.Tensor:
+    """Error per influence of every layer and head, [layers, Hq], over passages and the places to look at in them."""
+    layers = num_layers_of(model)
     with intercepted(model), residual_norms(model, range(layers)) as norms:
-        samples = _Samples(norms, config, positions, layers * len(tokens), progress)
-        for passage in tokens.to(model.device):
-            place = torch.arange(len(passage), device=model.device)[None]
+        samples = _Samples(norms, config, progress)
+        for passage, place in passages:
+            samples.place = place.to(model.device)
             model(
-                input_ids=passage[None],
-                position_ids=place,
+                input_ids=passage[None].to(model.device),
+                position_ids=torch.arange(len(passage), device=model.device)[None],
                 use_cache=False,
                 logits_to_keep=1,
                 attention_handler=samples,
             )
-    scale = torch.stack([samples.scale(layer) for layer in range(layers)])
-    known = scale[scale.isfinite() & (scale > 0)]
-    if not len(known):
-        raise InputError("reuse changed nothing in any layer; does the model attend at all? Take other passages")
-    scale = scale / known.log().mean().exp()
-    # a head without samples is treated as the average one
-    scale = torch.where(scale.isfinite() & (scale > 0), scale, 1.0).view(layers, layout.num_qo_heads)
-    return tuple(tuple(round(value, _DIGITS) for value in row) for row in scale.tolist())
+    return torch.stack([samples.scale(layer) for layer in range(layers)])
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,17 +168,11 @@ class _Layer:
 class _Samples:
     """Attention handler that collects samples while the model reads passages exactly."""
 
-    def __init__(
-        self,
-        norms: Mapping[int, torch.Tensor],
-        config: MacConfig,
-        positions: int,
-        total: int,
-        progress: Callable[[int, int], None] | None,
-    ) -> None:
-        self._norms, self._config, self._positions = norms, config, positions
+    def __init__(self, norms: Mapping[int, torch.Tensor], config: MacConfig, progress: Callable[[int], None]) -> None:
+        self.place = torch.empty(0, dtype=torch.int64)  # of the queries to sample in the passage that is read
+        self._norms, self._config, self._progress = norms, config, progress
         self._found: dict[int, list[_Layer]] = {}
-        self._done, self._total, self._progress = 0, total, progress
+        self._done = 0
 
     def attend(
         self, module: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sm_scale: float
@@ -126,8 +180,7 @@ class _Samples:
         layer = int(module.layer_idx)  # type: ignore[arg-type]  # an int; torch types every attribute as Tensor | Module
         self._found.setdefault(layer, []).append(self._sample(module, layer, q[0], k[0], v[0], sm_scale))
         self._done += 1
-        if self._progress is not None:
-            self._progress(self._done, self._total)
+        self._progress(self._done)
         group = q.shape[1] // k.shape[1]
         k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
         return functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=sm_scale).transpose(1, 2)
@@ -144,7 +197,7 @@ class _Samples:
         self, module: nn.Module, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sm_scale: float
     ) -> _Layer:
         config, length, device = self._config, q.shape[1], q.device
-        place = torch.linspace(length // 2, length - 1, self._positions, device=device).long()
+        place = self.place
         rope = _rope_of(module, length, device)
         q = q.float().transpose(0, 1)  # [L, Hq, D]
         q_pre = rope.unrotate(q, torch.arange(length, device=device))

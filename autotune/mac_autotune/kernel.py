@@ -22,7 +22,7 @@ from .space import LaunchSpace, Suggest
 HIT_RATES = (1.0, 0.9, 0.5, 0.0)
 """Cheapest first, so that a bad trial is pruned before it has read whole caches."""
 # the influence bound costs the kernels one comparison; planting under it would need a cache for every hit rate
-CONFIG = dataclasses.replace(MacConfig(), influence=None)
+CONFIG = dataclasses.replace(MacConfig(), influence=None, break_even=None)
 SLOWER = 1.02
 """No hit rate may get slower than the default by more than this factor."""
 _WRONG = 1e-2  # of the output's norm: two roundings to bf16

@@ -19,6 +19,7 @@ from .demo import demo
 from .doctor import doctor
 from .output import ExitCode, err
 from .support import support
+from .tca import tca_app
 
 _EXIT_CODES = "\n\n".join(f"{code.value}: {code.meaning}" for code in ExitCode)
 
@@ -38,6 +39,7 @@ app.command("ab")(ab)
 app.add_typer(config_app, name="config")
 app.add_typer(eval_command, name="eval")
 app.add_typer(tune_command, name="tune")
+app.add_typer(tca_app, name="tca")
 
 
 def autotune() -> None:

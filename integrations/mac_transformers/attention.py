@@ -49,7 +49,7 @@ def mac_attention_forward(
         mac_probe.append(query)
         return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[-1]), None
     cache = _cache_of(key)
-    fallback = _NO_CACHE if cache is None else _obstacle(module, query, key, value, dropout, kwargs)
+    fallback = _NO_CACHE if cache is None else obstacle(module, query, key, value, dropout, kwargs)
     if cache is not None and fallback is None:
         fallback = cache.begin(
             module,
@@ -107,7 +107,7 @@ def _cache_of(key: torch.Tensor) -> MacCache | None:
     return cache
 
 
-def _obstacle(
+def obstacle(
     module: nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -115,7 +115,7 @@ def _obstacle(
     dropout: float,
     kwargs: dict[str, Any],
 ) -> Fallback | None:
-    """Why this call cannot use MAC although it has a cache for it; ``None`` if it can."""
+    """Why this call cannot use MAC or TCA although it has a cache for it; ``None`` if it can."""
     causal = kwargs.get("is_causal")
     numbered = isinstance(getattr(module, "layer_idx", None), int)
     checks = (
@@ -123,9 +123,9 @@ def _obstacle(
         (kwargs.get("s_aux") is not None, "attention sinks", "layers with learned sinks are not covered"),
         (kwargs.get("sliding_window") is not None, "sliding window", "sliding-window layers read little anyway"),
         (kwargs.get("position_bias") is not None, "position bias", "layers with a position bias are not covered"),
-        (not (getattr(module, "is_causal", True) if causal is None else causal), "not causal", "MAC needs causality"),
+        (not (getattr(module, "is_causal", True) if causal is None else causal), "not causal", "it must be causal"),
         (dropout > 0, "dropout", "attention dropout is on; call model.eval()"),
-        (torch.is_grad_enabled() and query.requires_grad, "gradients", "MAC has no backward; use torch.no_grad()"),
+        (torch.is_grad_enabled() and query.requires_grad, "gradients", "there is no backward; use torch.no_grad()"),
         (key.shape[-1] != value.shape[-1], "head dims", "keys and values of different head dims are not covered"),
     )
     return next((Fallback(reason, detail) for holds, reason, detail in checks if holds), None)

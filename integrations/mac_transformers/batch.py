@@ -2,118 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
 from torch.nn import functional
 
-from mac_kernels import (
-    BatchMacDecodeWithPagedKVCacheWrapper,
-    HeadLayout,
-    MacConfig,
-    PagedKV,
-    PageTable,
-    RingPool,
-    Rope,
-    StepTrace,
-    fill_rings,
-)
-from mac_kernels.step import reference_step
+from mac_kernels import HeadLayout, PagedKV, PageTable, Rope, StepTrace, fill_rings
 from mac_kernels.support import resolve_backend
 
+from .block import Block, Seen
 from .intercept import AttentionHandler
-from .policies import Mac, Policy, Window, config_rows
+from .policies import Mac, Policy, Tca, Window, config_rows
 from .rope import ModelRope
-
-
-@dataclass(frozen=True, slots=True)
-class Seen:
-    """One layer's step of the rows of one call, for those who look on.
-
-    ``policies`` by row; ``q`` and ``out`` [rows, Hq, D]; ``k``, ``v`` [rows, Hkv, L, D]; ring ``i`` of ``rings`` is
-    that of the i-th row.
-    """
-
-    step: int
-    layer: int
-    position: int
-    policies: tuple[str, ...]
-    q: torch.Tensor
-    out: torch.Tensor
-    trace: StepTrace
-    rings: RingPool
-    k: torch.Tensor
-    v: torch.Tensor
-    sm_scale: float
-
+from .tca_rows import TcaRows
 
 Observer = Callable[[Seen], None]
 FULL = "full"
+_ROUND = 512
 RECORDS = ("group_hit", "head_hit", "kv_read", "error")
-
-
-@dataclass(frozen=True, slots=True)
-class _Block:
-    """Consecutive rows whose MAC policies share one call of the decode step; ring ``i`` belongs to the i-th row.
-
-    ``names``: the policy of every row.
-
-    ``kernels``: by layer, the wrappers that serve them where the GPU's kernels run the policy (filled as layers are
-    met); ``None``: the reference does.
-    """
-
-    rows: slice
-    names: tuple[str, ...]
-    policy: Mac
-    config: MacConfig
-    rings: RingPool
-    table: PageTable
-    slots: torch.Tensor
-    kernels: dict[int, BatchMacDecodeWithPagedKVCacheWrapper] | None
-
-    def step(
-        self, q: torch.Tensor, kv: PagedKV, *, layer: int, rope: Rope, sm_scale: float
-    ) -> tuple[torch.Tensor, StepTrace]:
-        """One layer's step of all rows: outputs [rows, Hq, D] and what was decided."""
-        generations = torch.zeros_like(self.slots)
-        if self.kernels is None:
-            return reference_step(
-                q,
-                kv,
-                self.rings,
-                layer=layer,
-                slots=self.slots,
-                generations=generations,
-                config=self.config,
-                rope=rope,
-                sm_scale=sm_scale,
-                find=self.policy.find,
-            )
-        if layer not in self.kernels:
-            self.kernels[layer] = wrapper = BatchMacDecodeWithPagedKVCacheWrapper("HND")
-            table = self.table
-            wrapper.plan(
-                table.indptr,
-                table.indices,
-                table.last_page_len,
-                layout=kv.layout,
-                page_size=table.page_size,
-                rope=rope,
-                config=self.policy.config,
-                sm_scale=sm_scale,
-                max_kv_len=table.page_size,
-                kv_data_type=kv.k_cache.dtype,
-            )
-        return self.kernels[layer].run_return_trace(
-            q,
-            (kv.k_cache, kv.v_cache),
-            rings=self.rings,
-            layer=layer,
-            slots=self.slots,
-            generations=generations,
-        )
 
 
 class DecodeBatch:
@@ -138,42 +45,73 @@ class DecodeBatch:
     ) -> None:
         self.observe = observe
         self.layout, self.texts, self.prompt_length, self.device = layout, texts, prompt_length, device
-        self.capacity = prompt_length + steps
+        self.length = prompt_length + steps
+        # kernels are compiled for the page size, here the capacity: lengths that are nearly alike share it
+        self.capacity = -(-self.length // _ROUND) * _ROUND
         self.names = (FULL, *policies)
         windows = {name: policy for name, policy in policies.items() if isinstance(policy, Window)}
-        calls = _calls(policies, merge=device.type == "cpu")
-        places = [FULL, *windows, *(name for call in calls for name in call)]
+        calls = self._calls(policies)
+        tca = {name: policy for name, policy in policies.items() if isinstance(policy, Tca)}
+        places = [FULL, *windows, *tca, *(name for call in calls for name in call)]
         self.order = [places.index(name) for name in self.names]
         self.num_policies, self.num_dense = len(places), 1 + len(windows)
         self._place = {name: place for place, name in enumerate(places)}
         self._windows = windows
         self.blocks = [self._block(call, num_layers) for call in calls]
+        self.tca = [
+            TcaRows(policy, self._rows(name), layout=layout, num_layers=num_layers, length=self.length, device=device)
+            for name, policy in tca.items()
+        ]
         shape = (len(places) * texts, layout.num_kv_heads, self.capacity, layout.head_dim)
         self.kv = [tuple(torch.zeros(shape, dtype=dtype, device=device) for _ in "kv") for _ in range(num_layers)]
         self.records = {name: torch.zeros(steps, num_layers, shape[0], device=device) for name in RECORDS}
         self._ropes: dict[int, Rope] = {}
         self._share = torch.ones(shape[0], device=device)  # of the KV, read by each row in the step before
-        self._share_sum, self._shares = torch.zeros_like(self._share), 0
+        self._dense_share = self._share[: self.num_dense * texts]
+        self._seen: list[tuple[torch.Tensor, torch.Tensor]] = []  # queries and outputs by layer
+        self._sm_scale = 0.0
 
     def prefill(self, text: int) -> AttentionHandler:
         """Handler of the forward pass over the whole prompt of one text."""
         return _Prefill(self, text)
 
+    def prefill_tca(self, text: int, rows: TcaRows) -> AttentionHandler:
+        """Handler of the forward pass over the whole prompt of one text, read sparsely under one TCA policy."""
+        return _TcaPrefill(self, text, rows)
+
     def decode(self, step: int) -> AttentionHandler:
-        """Handler of the forward pass over one token of every row."""
+        """Handler of the forward pass over one token of every row; :meth:`finish` must follow the pass."""
+        length = self.prompt_length + step + 1
         for block in self.blocks:
-            block.table.last_page_len.fill_(self.prompt_length + step + 1)
-        if self._shares:
-            self._share = self._share_sum / self._shares
-            self._share_sum, self._shares = torch.zeros_like(self._share), 0
-        return _Decode(self, step)
+            block.table.last_page_len.fill_(length)
+        sinks, newest = self._window_sizes(length)
+        token = torch.arange(length, device=self.device)
+        self._seen.clear()
+        return _Decode(self, step, (token < sinks[:, None]) | (token >= length - newest[:, None]))
+
+    def finish(self, step: int) -> None:
+        """Note what all layers did in the pass of a step, and show it to the observer."""
+        length = self.prompt_length + step + 1
+        dense = slice(0, self.num_dense * self.texts)
+        read = self.records["kv_read"][step]
+        read[:, dense] = self._dense_share
+        for sparse in self.tca:
+            read[:, sparse.rows] = sparse.share
+        for block in self.blocks:
+            trace = block.trace()
+            self.records["group_hit"][step, :, block.rows] = trace.hit.float().mean(-1)
+            self.records["head_hit"][step, :, block.rows] = trace.head_hit.float().mean(-1)
+            read[:, block.rows] = trace.kv_read.float().mean(-1) / length
+            if self.observe is not None:
+                self.observe(self._seen_of(block, step, trace))
+        self._share = read.mean(0)
 
     def rope(self, module: nn.Module) -> Rope:
         """The layer's rotation as a table on the device, so that a step does not compute or copy it."""
         layer = int(module.layer_idx)  # type: ignore[arg-type]
         if layer not in self._ropes:
             dtype = next(module.parameters()).dtype
-            rope = ModelRope(module, dtype).at(self.capacity)
+            rope = ModelRope(module, dtype).at(self.length)
             table = torch.cat(rope.cos_sin(torch.arange(self.capacity)), dim=-1).to(self.device)
             self._ropes[layer] = Rope.from_cos_sin_cache(table, interleaved=rope.interleaved)
         return self._ropes[layer]
@@ -188,7 +126,25 @@ class DecodeBatch:
         k, v = (cache[rows] for cache in self.kv[layer])
         return PagedKV(k, v, table, self.layout, "HND")
 
-    def window_sizes(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def note(self, step: int, layer: int, q: torch.Tensor, out: torch.Tensor, sm_scale: float) -> None:
+        """Note the outputs [rows, Hq, D] of one layer."""
+        flat = out.float().view(-1, self.texts, out[0].numel())
+        self.records["error"][step, layer] = ((flat - flat[0]).norm(dim=-1) / flat[0].norm(dim=-1)).flatten()
+        if self.observe is not None:
+            self._seen.append((q, out))
+            self._sm_scale = sm_scale
+
+    def attend_dense(self, q: torch.Tensor, layer: int, keep: torch.Tensor, sm_scale: float) -> torch.Tensor:
+        """Full attention and windows of the first rows: ``q`` [rows, Hq, D], ``keep`` [rows, L]."""
+        k, v = (cache[: len(q), :, : keep.shape[1]] for cache in self.kv[layer])
+        if layer == 0:
+            self._dense_share = keep.float().mean(1)
+        # the heads of a group as queries of one head: their keys are read once
+        heads = q.view(len(q), self.layout.num_kv_heads, -1, q.shape[-1])
+        out = functional.scaled_dot_product_attention(heads, k, v, attn_mask=keep[:, None, None], scale=sm_scale)
+        return out.reshape(q.shape)
+
+    def _window_sizes(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Sinks and newest tokens of the dense rows, [rows] int64 each; full attention reads all as newest."""
         sinks, newest = [self._fill(0)], [self._fill(length)]
         for window in self._windows.values():
@@ -202,27 +158,37 @@ class DecodeBatch:
                 newest.append(((share * length).round().long() - window.sinks).clamp(min=1))
         return torch.cat(sinks), torch.cat(newest).clamp(max=length)
 
-    def record(
-        self, step: int, layer: int, out: torch.Tensor, share: torch.Tensor, traces: Sequence[StepTrace]
-    ) -> None:
-        """Note what one layer did: outputs [rows, Hq, D], shares read [rows] and the traces of the blocks."""
-        full = out[: self.texts].flatten(1)
-        change = (out.view(-1, *full.shape) - full).norm(dim=-1) / full.norm(dim=-1)
-        self.records["error"][step, layer] = change.flatten()
-        self.records["kv_read"][step, layer] = share
-        for block, trace in zip(self.blocks, traces, strict=True):
-            self.records["group_hit"][step, layer, block.rows] = trace.hit.float().mean(1)
-            self.records["head_hit"][step, layer, block.rows] = trace.head_hit.float().mean(1)
+    def _seen_of(self, block: Block, step: int, trace: StepTrace) -> Seen:
+        length = self.prompt_length + step + 1
+        q, out = ([seen[i][block.rows] for seen in self._seen] for i in range(2))
+        k, v = ([layer[i][block.rows, :, :length] for layer in self.kv] for i in range(2))
+        return Seen(step, length - 1, block.names, q, out, trace, block.rings, k, v, self._sm_scale)
 
-    def add_share(self, share: torch.Tensor) -> None:
-        """Add the shares read [rows] in one layer; their mean is what ``Window(like=...)`` reads in the next step."""
-        self._share_sum += share
-        self._shares += 1
+    def _rows(self, name: str) -> slice:
+        first = self._place[name] * self.texts
+        return slice(first, first + self.texts)
 
     def _fill(self, value: int) -> torch.Tensor:
         return torch.full((self.texts,), value, device=self.device)
 
-    def _block(self, call: Mapping[str, Mac], num_layers: int) -> _Block:
+    def _calls(self, policies: Mapping[str, Policy]) -> list[dict[str, Mac]]:
+        """Gather the MAC policies that can share a call of the decode step; kernels take one config a call."""
+        calls: list[dict[str, Mac]] = []
+        for name, policy in policies.items():
+            if isinstance(policy, Mac):
+                shared = [] if self._on_kernels(policy) else calls
+                home = next((call for call in shared if policy.shares_step_with(next(iter(call.values())))), None)
+                if home is None:
+                    calls.append({name: policy})
+                else:
+                    home[name] = policy
+        return calls
+
+    def _on_kernels(self, policy: Mac) -> bool:
+        backend = resolve_backend("auto", policy.config, self.layout, self.device)[0]
+        return policy.is_plain and backend != "reference"
+
+    def _block(self, call: Mapping[str, Mac], num_layers: int) -> Block:
         policies = list(call.values())
         first, count = self._place[next(iter(call))] * self.texts, len(call) * self.texts
         one = policies[0]
@@ -239,28 +205,22 @@ class DecodeBatch:
         for row in range(count):
             rings.acquire(row)
         configs = [policy.config for policy in policies for _ in range(self.texts)]
-        kernels: dict[int, BatchMacDecodeWithPagedKVCacheWrapper] | None = None
-        if one.is_plain and resolve_backend("auto", one.config, self.layout, self.device)[0] != "reference":
-            kernels = {}
         table = self.table(count, self.prompt_length)
         slots = torch.arange(count, device=self.device)
         rows = slice(first, first + count)
         names = tuple(name for name in call for _ in range(self.texts))
-        return _Block(rows, names, one, config_rows(configs, self.device), rings, table, slots, kernels)
-
-
-def _calls(policies: Mapping[str, Policy], *, merge: bool) -> list[dict[str, Mac]]:
-    """Gather the MAC policies that can share a call of the decode step; kernels take one config a call."""
-    calls: list[dict[str, Mac]] = []
-    for name, policy in policies.items():
-        if isinstance(policy, Mac):
-            shared = calls if merge or not policy.is_plain else []
-            home = next((call for call in shared if policy.shares_step_with(next(iter(call.values())))), None)
-            if home is None:
-                calls.append({name: policy})
-            else:
-                home[name] = policy
-    return calls
+        return Block(
+            rows,
+            names,
+            one,
+            config_rows(configs, self.device),
+            rings,
+            table,
+            slots,
+            torch.zeros_like(slots),
+            {},
+            {} if self._on_kernels(one) else None,
+        )
 
 
 # `layer_idx` is an int; torch types every attribute of a module as Tensor | Module.
@@ -275,81 +235,76 @@ class _Prefill:
         for cache, new in zip(batch.kv[layer], (k, v), strict=True):
             cache[text :: batch.texts, :, :length] = new
         kv = batch.paged(layer, slice(text, text + 1), batch.table(1, length))
+        filled: list[Block] = []
         for block in batch.blocks:
-            newest = q[0, :, -block.rings.window :].transpose(0, 1)
-            slot = torch.full((1,), text, device=q.device)
-            fill_rings(
-                newest,
-                torch.tensor([0, len(newest)]),
-                kv,
-                rings=block.rings,
-                layer=layer,
-                slots=slot,
-                generations=0 * slot,
-                rope=batch.rope(module),
-                config=block.policy.config,
-                sm_scale=sm_scale,
-                max_kv_len=length,
-                backend="reference" if block.kernels is None else "auto",
-            )
-            for values in block.rings.fields.values():
-                values[layer, text :: batch.texts] = values[layer, text].clone()
+            source = next((one for one in filled if one.fills_like(block)), None)
+            if source is None:
+                self._fill(block, q, kv, layer, batch.rope(module), sm_scale)
+                filled.append(block)
+            block.copy_rings(source or block, layer, text, batch.texts)
+        for sparse in batch.tca:
+            if sparse.policy.prefill == "dense":
+                sparse.fill(q[0].transpose(0, 1), kv, text, layer=layer, sm_scale=sm_scale)
         group = batch.layout.group_size
         k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
         return functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=sm_scale).transpose(1, 2)
 
+    def _fill(self, block: Block, q: torch.Tensor, kv: PagedKV, layer: int, rope: Rope, sm_scale: float) -> None:
+        newest = q[0, :, -block.rings.window :].transpose(0, 1)
+        slot = torch.full((1,), self._text, device=q.device)
+        fill_rings(
+            newest,
+            torch.tensor([0, len(newest)]),
+            kv,
+            rings=block.rings,
+            layer=layer,
+            slots=slot,
+            generations=0 * slot,
+            rope=rope,
+            config=block.policy.config,
+            sm_scale=sm_scale,
+            max_kv_len=q.shape[2],
+            backend="reference" if block.kernels is None else "auto",
+        )
+
+
+class _TcaPrefill:
+    def __init__(self, batch: DecodeBatch, text: int, rows: TcaRows) -> None:
+        self._batch, self._text, self._rows = batch, text, rows
+
+    def attend(
+        self, module: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sm_scale: float
+    ) -> torch.Tensor:
+        batch, layer, length = self._batch, int(module.layer_idx), q.shape[2]  # type: ignore[arg-type]
+        row = self._rows.rows.start + self._text
+        for cache, new in zip(batch.kv[layer], (k, v), strict=True):
+            cache[row, :, :length] = new[0]
+        kv = batch.paged(layer, slice(row, row + 1), batch.table(1, length))
+        out = self._rows.fill(q[0].transpose(0, 1), kv, self._text, layer=layer, sm_scale=sm_scale)
+        assert out is not None, "only policies that prefill sparsely have a pass of their own"
+        return out[None]
+
 
 class _Decode:
-    def __init__(self, batch: DecodeBatch, step: int) -> None:
-        self._batch, self._step = batch, step
+    def __init__(self, batch: DecodeBatch, step: int, keep: torch.Tensor) -> None:
+        self._batch, self._step, self._keep = batch, step, keep
         self._position = batch.prompt_length + step
 
     def attend(
         self, module: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sm_scale: float
     ) -> torch.Tensor:
-        batch, layer, length = self._batch, int(module.layer_idx), self._position + 1  # type: ignore[arg-type]
+        batch, layer = self._batch, int(module.layer_idx)  # type: ignore[arg-type]
         for cache, new in zip(batch.kv[layer], (k, v), strict=True):
             cache[:, :, self._position] = new[:, :, 0]
         q = q[:, :, 0].contiguous()
-        out = torch.empty(q.shape, device=q.device)
-        share = torch.ones(len(q), device=q.device)
-        traces = []
+        out, rope = torch.empty_like(q), batch.rope(module)
         for block in batch.blocks:
             kv = batch.paged(layer, block.rows, block.table)
-            out[block.rows], trace = block.step(
-                q[block.rows], kv, layer=layer, rope=batch.rope(module), sm_scale=sm_scale
-            )
-            share[block.rows] = (trace.kv_read / length).mean(1)
-            traces.append(trace)
-            if batch.observe is not None:
-                k, v = (cache[:, :, :length] for cache in (kv.k_cache, kv.v_cache))
-                seen = Seen(
-                    self._step,
-                    layer,
-                    self._position,
-                    block.names,
-                    q[block.rows],
-                    out[block.rows],
-                    trace,
-                    block.rings,
-                    k,
-                    v,
-                    sm_scale,
-                )
-                batch.observe(seen)
-        dense = slice(0, batch.num_dense * batch.texts)
-        out[dense], share[dense] = self._dense(q[dense], layer, length, sm_scale)
-        batch.add_share(share)
-        batch.record(self._step, layer, out, share, traces)
-        return out.to(q.dtype)[:, None]
-
-    def _dense(self, q: torch.Tensor, layer: int, length: int, sm_scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """Full attention and windows: one masked call over the whole cache."""
-        sinks, newest = self._batch.window_sizes(length)
-        token = torch.arange(length, device=q.device)
-        keep = (token < sinks[:, None]) | (token >= length - newest[:, None])
-        k, v = (cache[: len(q), :, :length] for cache in self._batch.kv[layer])
-        out = functional.scaled_dot_product_attention(
-            q[:, :, None], k, v, attn_mask=keep[:, None, None], scale=sm_scale, enable_gqa=True
-        )
-        return out[:, :, 0], keep.float().mean(1)
+            block.step(q[block.rows], out[block.rows], kv, layer=layer, rope=rope, sm_scale=sm_scale)
+        for sparse in batch.tca:
+            kv = batch.paged(layer, sparse.rows, batch.table(batch.texts, self._position + 1))
+            sparse.step(q[sparse.rows], out[sparse.rows], kv, layer=layer, sm_scale=sm_scale)
+        dense = slice(0, len(self._keep))
+        out[dense] = batch.attend_dense(q[dense], layer, self._keep, sm_scale)
+        batch.note(self._step, layer, q, out, sm_scale)
+        return out[:, None]

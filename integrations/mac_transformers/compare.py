@@ -16,7 +16,7 @@ from mac_kernels import InputError
 
 from .batch import FULL, DecodeBatch, Observer
 from .intercept import AttentionHandler, intercepted, layout_of, num_layers_of
-from .policies import Mac, Policy, Window
+from .policies import Mac, Policy, Tca, Window
 
 Progress = Callable[[int, int], None]
 
@@ -66,8 +66,8 @@ def compare(
 ) -> Comparison:
     """Decode the same tokens under full attention and under every policy, side by side.
 
-    Each prompt is read once, exactly, and shared; then all rows (policy x text) advance together, one model call per
-    token.
+    Each prompt is read once, exactly, and shared, and once more under every TCA policy that reads it sparsely; then all
+    rows (policy x text) advance together, one model call per token.
 
     Parameters
     ----------
@@ -79,14 +79,14 @@ def compare(
     continuation : torch.Tensor, [T, N + 1] int64
         Tokens after the prompt; -1 takes the row's own most likely token. N steps are decoded, the last token is only
         predicted.
-    policies : mapping of str to Mac or Window
+    policies : mapping of str to Mac, Tca or Window
         By name, besides ``"full"``, which is always measured first.
     progress : callable, optional
         Called as ``progress(done, total)``; the total counts prompts and steps.
     seconds : float, optional
         Stop decoding when this much time has passed; the result then holds fewer steps (at least one).
     observe : callable, optional
-        Called with a :class:`mac_transformers.batch.Seen` after every layer of every call of the decode step.
+        Called after every step with a :class:`mac_transformers.block.Seen` for each call of the decode step.
 
     Returns
     -------
@@ -122,12 +122,15 @@ def compare(
     )
     total = texts + steps
     with intercepted(model):
-        first = torch.empty(texts, model.config.vocab_size, device=device)
+        first = torch.empty(texts, dtype=torch.int64, device=device)
         for text in range(texts):
-            position = torch.arange(prompts.shape[1], device=device)[None]
-            first[text] = _logits(model, prompts[text : text + 1], position, batch.prefill(text))[0]
+            first[text] = _read(model, prompts[text], batch.prefill(text))
             _report(progress, text + 1, total)
-        chosen = [first.argmax(-1).repeat(batch.num_policies)]
+        chosen = [first.repeat(batch.num_policies)]
+        for rows in batch.tca:
+            if rows.policy.prefill == "sparse":
+                for text in range(texts):
+                    chosen[0][rows.rows.start + text] = _read(model, prompts[text], batch.prefill_tca(text, rows))
         given = continuation.repeat(batch.num_policies, 1)
         scores: list[torch.Tensor] = []
         for step in range(steps):
@@ -136,10 +139,17 @@ def compare(
             token = torch.where(given[:, step] >= 0, given[:, step], chosen[-1])
             position = torch.full((len(token), 1), prompts.shape[1] + step, device=device)
             logits = _logits(model, token[:, None], position, batch.decode(step))
+            batch.finish(step)
             chosen.append(logits.argmax(-1))
             scores.append(_score(logits, given[:, step + 1], texts))
             _report(progress, texts + step + 1, total)
     return _collect(batch, scores, chosen)
+
+
+def _read(model: PreTrainedModel, prompt: torch.Tensor, handler: AttentionHandler) -> torch.Tensor:
+    """The most likely token after a prompt [P]."""
+    position = torch.arange(len(prompt), device=prompt.device)[None]
+    return _logits(model, prompt[None], position, handler)[0].argmax(-1)
 
 
 def _logits(
@@ -193,5 +203,6 @@ def _check(prompts: torch.Tensor, continuation: torch.Tensor, policies: Mapping[
     if FULL in policies:
         raise InputError(f"the name {FULL!r} is taken by full attention, which is always measured; rename the policy")
     for name, policy in policies.items():
-        if isinstance(policy, Window) and policy.like is not None and not isinstance(policies.get(policy.like), Mac):
-            raise InputError(f"policy {name!r} should read as much as {policy.like!r}, which is no Mac policy here")
+        partner = policy.like if isinstance(policy, Window) else None
+        if partner is not None and not isinstance(policies.get(partner), Mac | Tca):
+            raise InputError(f"policy {name!r} should read as much as {partner!r}, which is no Mac or Tca policy here")

@@ -1,4 +1,4 @@
-"""Layers and calls that run exact attention instead of MAC: said once per reason, always counted."""
+"""Layers and calls that run exact attention instead of MAC or TCA: said once per reason, always counted."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ class Fallback(NamedTuple):
 
 
 class ExactFallbackWarning(UserWarning):
-    """A layer or call runs exact attention instead of MAC; the message names the reason and what to do."""
+    """A layer or call runs exact attention instead of MAC or TCA; the message names the reason and what to do."""
 
 
 _COUNTS: Counter[str] = Counter()
 
 
-def note_fallback(fallback: Fallback) -> None:
+def note_fallback(fallback: Fallback, method: str = "MAC") -> None:
     """Count one exact call; warn if it is the first for its reason."""
     _COUNTS[fallback.reason] += 1
     if _COUNTS[fallback.reason] == 1:
-        message = f"exact attention instead of MAC ({fallback.reason}): {fallback.detail}"
+        message = f"exact attention instead of {method} ({fallback.reason}): {fallback.detail}"
         warnings.warn(message, ExactFallbackWarning, stacklevel=3)
 
 

@@ -55,6 +55,11 @@ class MacLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # the library is
         """Tokens that fit into the buffers."""
         return self._hold(self.get_seq_length())[0].shape[2]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values held, not of the room for more."""
+        return self.keys.nbytes + self.values.nbytes if self.is_initialized else 0
+
     def paged(self, layout: HeadLayout, starts: torch.Tensor, length: int) -> PagedKV:
         """The rows as pages of one token in HND layout, without a copy.
 

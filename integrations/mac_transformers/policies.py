@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 
@@ -13,6 +14,7 @@ from mac_kernels import InputError, MacConfig, MatchResult, RingPool, find_match
 from mac_kernels.match.accept import distance_cap
 from mac_kernels.ring import RingRows
 from mac_kernels.step import FindMatch
+from mac_kernels.tca import TcaBudgets, TcaConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +65,40 @@ class Window:
             raise InputError(f"Window(sinks={self.sinks}, tokens={self.tokens}) must be >= 0 and >= 1 tokens")
 
 
-Policy = Mac | Window
+@dataclass(frozen=True, slots=True)
+class Tca:
+    """TCA with a config and the calibrated budgets of the model.
+
+    ``prefill``: ``"sparse"`` reads the prompt sparsely, too, as the method does; ``"dense"`` reads it exactly and
+    selects at its end, so that only decoding differs from full attention.
+    """
+
+    config: TcaConfig
+    budgets: TcaBudgets
+    prefill: Literal["sparse", "dense"] = "sparse"
+
+    def __post_init__(self) -> None:
+        if self.prefill not in ("sparse", "dense"):
+            raise InputError(f"Tca(prefill={self.prefill!r}) must be 'sparse' or 'dense'")
+
+    def choices(self, num_layers: int, num_kv_heads: int) -> tuple[tuple[int, ...], ...]:
+        """Candidate of every layer and kv head.
+
+        Raises
+        ------
+        InputError
+            If the budgets are those of a model of another shape.
+        """
+        key = self.budgets.key
+        if (key.num_layers, key.num_kv_heads) != (num_layers, num_kv_heads):
+            raise InputError(
+                f"the TCA budgets of {key.short_name} are for {key.num_layers} layers of {key.num_kv_heads} kv heads, "
+                f"the model has {num_layers} of {num_kv_heads}; run `mac-kernels tca calibrate` on this model"
+            )
+        return self.budgets.choices(self.config)
+
+
+Policy = Mac | Window | Tca
 
 
 def find_newest(q_pre: torch.Tensor, rows: RingRows, position: torch.Tensor, *, config: MacConfig) -> MatchResult:

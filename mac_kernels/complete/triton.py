@@ -70,8 +70,8 @@ def complete_kernel(
 ):
     """Merge the parts of ``BLOCK_HEADS`` query heads, then write their output and their share of the ring row.
 
-    Grid: ``(B * Hkv * ceil(G / BLOCK_HEADS),)``. Groups that were finished when they were decided are left alone. What
-    precedes ``gdc_wait`` was written before the previous launch passed its own wait, so it may overlap with it.
+    Grid: ``(B * Hkv * ceil(G / BLOCK_HEADS),)``. What precedes ``gdc_wait`` was written before the previous launch
+    passed its own wait, so it may overlap with it.
     """
     pid = tl.program_id(0)
     shares: tl.constexpr = (GROUP + BLOCK_HEADS - 1) // BLOCK_HEADS
@@ -93,7 +93,6 @@ def complete_kernel(
         mask=known[:, :, None] & mask_d[None, None, :],
         other=0.0,
     )
-    unfinished = tl.load(group_ptr + group * 8 + 1) >= 0
     position = tl.load(group_ptr + group * 8 + 2)
     ring = tl.load(group_ptr + group * 8 + 3)
     reuse = tl.load(group_ptr + group * 8 + 4) != 0
@@ -113,36 +112,35 @@ def complete_kernel(
     num_parts = tl.load(parts_ptr + group * 2 + 1)
     if BYPASS and pid == 0:
         end_of_step(bypass_ptr, break_even)
-    if unfinished:
-        for first in range(0, num_parts, BLOCK_P):
-            index = first + tl.arange(0, BLOCK_P)
-            at = (first_part + index * PART_STRIDE)[:, None].to(tl.int64) * GROUP + head[None, :]
-            present = (index < num_parts)[:, None] & mask_h[None, :]
-            whole = present[:, :, None] & mask_d[None, None, :]
-            part_lse = tl.load(part_lse_ptr + at, mask=present, other=float("-inf"))
-            element = at[:, :, None] * HEAD_DIM
-            part = tl.load(part_out_ptr + element + offs_d[None, None, :], mask=whole, other=0.0)
-            if KBAR:
-                direct = tl.load(part_key_ptr + element + offs_d[None, None, :], mask=whole, other=0.0)
-                crossed = tl.load(part_key_ptr + element + other[None, None, :], mask=whole, other=0.0)
-            out, lse, weight, own = merge_parts(part, part_lse, out, lse)
-            if KBAR:
-                # rotations are linear, so every part is pulled back to the pre-RoPE frame before it is merged
-                pulled = direct * cos[None, None, :] + crossed * sin[None, None, :]
-                key = key * own[:, None] + tl.sum(pulled * weight[:, :, None], 0)
+    for first in range(0, num_parts, BLOCK_P):
+        index = first + tl.arange(0, BLOCK_P)
+        at = (first_part + index * PART_STRIDE)[:, None].to(tl.int64) * GROUP + head[None, :]
+        present = (index < num_parts)[:, None] & mask_h[None, :]
+        whole = present[:, :, None] & mask_d[None, None, :]
+        part_lse = tl.load(part_lse_ptr + at, mask=present, other=float("-inf"))
+        element = at[:, :, None] * HEAD_DIM
+        part = tl.load(part_out_ptr + element + offs_d[None, None, :], mask=whole, other=0.0)
+        if KBAR:
+            direct = tl.load(part_key_ptr + element + offs_d[None, None, :], mask=whole, other=0.0)
+            crossed = tl.load(part_key_ptr + element + other[None, None, :], mask=whole, other=0.0)
+        out, lse, weight, own = merge_parts(part, part_lse, out, lse)
+        if KBAR:
+            # rotations are linear, so every part is pulled back to the pre-RoPE frame before it is merged
+            pulled = direct * cos[None, None, :] + crossed * sin[None, None, :]
+            key = key * own[:, None] + tl.sum(pulled * weight[:, :, None], 0)
 
-        if ring >= 0:
-            new_row = ring.to(tl.int64) * WINDOW + position % WINDOW
-            at = new_row * NUM_QO_HEADS + qo_head
-            element = at[:, None] * HEAD_DIM + offs_d[None, :]
-            tl.store(ring_out_ptr + element, out.to(ring_out_ptr.dtype.element_ty), mask=mask)
-            if KBAR:
-                tl.store(ring_key_ptr + element, key.to(ring_key_ptr.dtype.element_ty), mask=mask)
-            tl.store(ring_lse_ptr + at, lse, mask=mask_h)
-            if pid % shares == 0:
-                tl.store(ring_anchor_ptr + new_row * NUM_KV_HEADS + kv_head, anchor)
-                tl.store(ring_pos_ptr + new_row, position)
+    if ring >= 0:
+        new_row = ring.to(tl.int64) * WINDOW + position % WINDOW
+        at = new_row * NUM_QO_HEADS + qo_head
+        element = at[:, None] * HEAD_DIM + offs_d[None, :]
+        tl.store(ring_out_ptr + element, out.to(ring_out_ptr.dtype.element_ty), mask=mask)
+        if KBAR:
+            tl.store(ring_key_ptr + element, key.to(ring_key_ptr.dtype.element_ty), mask=mask)
+        tl.store(ring_lse_ptr + at, lse, mask=mask_h)
+        if pid % shares == 0:
+            tl.store(ring_anchor_ptr + new_row * NUM_KV_HEADS + kv_head, anchor)
+            tl.store(ring_pos_ptr + new_row, position)
 
-        out, _, _, _ = merge_parts(always, always_lse, out, lse)
-        to = out_ptr + request.to(tl.int64) * stride_ob + qo_head[:, None] * stride_oh + offs_d[None, :]
-        tl.store(to, out.to(out_ptr.dtype.element_ty), mask=mask)
+    out, _, _, _ = merge_parts(always, always_lse, out, lse)
+    to = out_ptr + request.to(tl.int64) * stride_ob + qo_head[:, None] * stride_oh + offs_d[None, :]
+    tl.store(to, out.to(out_ptr.dtype.element_ty), mask=mask)

@@ -122,7 +122,6 @@ def decide_group(
     logit_scale,
     max_age,
     min_context,
-    FINISHES: tl.constexpr,
     BAND: tl.constexpr,
     SINKS: tl.constexpr,
     WINDOW: tl.constexpr,
@@ -144,9 +143,9 @@ def decide_group(
     BYPASS: tl.constexpr,
     WAITS: tl.constexpr,
 ):
-    """Decide one group and note it; returns ``(reuse, low, stop, anchor)``.
+    """Decide one group and note it.
 
-    ``FINISHES``: a reused group is finished by the caller; its range is noted as none. ``WAITS``: the previous launch
+    ``WAITS``: the previous launch
     attends to sinks and band; only what it gives is waited for.
     """
     kv_len = position + 1
@@ -215,7 +214,7 @@ def decide_group(
     tl.store(floats + 2 * GROUP + head, weight_bound, mask=mask_h)
     info = group_ptr + group * 8
     tl.store(info, low)
-    tl.store(info + 1, tl.where(FINISHES & reuse, -1, tl.minimum(stop, kv_len)))
+    tl.store(info + 1, tl.minimum(stop, kv_len))
     tl.store(info + 2, position)
     tl.store(info + 3, tl.where(kv_len > 0, ring, -1))
     tl.store(info + 4, reuse.to(tl.int32))
@@ -225,7 +224,6 @@ def decide_group(
 
     read = tl.minimum(tl.maximum(stop - low, 0) + tl.maximum(kv_len - stop, 0) + SINKS, kv_len)
     count_group(counters_ptr, bypass_ptr, group_reason, read, kv_len, BYPASS)
-    return reuse, low, stop, new_anchor
 
 
 @triton.jit
@@ -307,7 +305,7 @@ def decide_kernel(
     decide_group(
         group, kv_head, position, ring, num_rows, q_pre, cap, influence, key, ring_q_ptr, ring_key_ptr,
         ring_lse_ptr, ring_anchor_ptr, counters_ptr, always_lse_ptr + group.to(tl.int64) * (ALWAYS_GROUP * GROUP),
-        decision_int_ptr, decision_float_ptr, group_ptr, bypass_ptr, logit_scale, max_age, min_context, False,
+        decision_int_ptr, decision_float_ptr, group_ptr, bypass_ptr, logit_scale, max_age, min_context,
         BAND, SINKS, WINDOW, BLOCK_W, NUM_QO_HEADS, NUM_KV_HEADS, GROUP, BLOCK_G, HEAD_DIM, BLOCK_D, NOMINEES,
         BLOCK_NOMINEES, NOMINEES_AT_ONCE, SPLITS, BLOCK_SPLITS, ALWAYS_SPLIT, GROUP_SCOPE, CORRECTION, BYPASS,
         PDL and SCAN_IS_OLDER,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from mac_autotune.calibrate import calibrate
+from mac_autotune.calibrate import calibrate, calibrated
 from mac_kernels import InputError, MacConfig, UnsupportedError
 
 CONFIG = MacConfig(window=48, band=8, sinks=2, min_context=16, threshold=-math.inf, nominees=None)
@@ -102,3 +102,36 @@ def test_an_unknown_output_projection_is_refused(model, tokens):
             calibrate(model, tokens, config=CONFIG)
     finally:
         attention.o_proj = kept
+
+
+def test_answered_passages_raise_some_heads_and_lower_none(model, tokens, plain):
+    seen: list[tuple[int, int]] = []
+    raised = torch.tensor(
+        calibrate(
+            model,
+            tokens,
+            config=CONFIG,
+            answered=[(tokens[0], 8)],
+            progress=lambda done, total: seen.append((done, total)),
+        )
+    )
+    ratio = (raised / plain).flatten()
+    usual = torch.isclose(ratio, ratio.min(), rtol=1e-3)
+    assert len(ratio) / 2 <= usual.sum() < len(ratio)  # those at or below the median keep their place
+    assert float(raised.log().mean()) == pytest.approx(0, abs=1e-3)
+    assert seen == [(done, 6) for done in range(1, 7)]  # three passages of two layers
+
+
+def test_answered_passages_that_are_too_short_are_refused(model, tokens):
+    with pytest.raises(InputError, match="the shortest of 100"):
+        calibrate(model, tokens, config=CONFIG, answered=[(tokens[0, :100], 8)])
+
+
+def test_a_calibrated_preset_has_a_looser_cap_and_half_the_bound(plain):
+    found = calibrated(MacConfig.preset("balanced"), plain.tolist())
+    assert (found.threshold, found.influence) == (0.3, 0.1)
+    assert found.influence_scale == tuple(map(tuple, plain.tolist()))
+    assert calibrated(MacConfig(threshold=0.1), plain.tolist()).threshold == 0.1
+    for preset in ("exact", "paper"):
+        with pytest.raises(InputError, match="careful, balanced or fast"):
+            calibrated(MacConfig.preset(preset), plain.tolist())

@@ -146,7 +146,7 @@ def test_the_attention_implementation_is_put_back(model: PreTrainedModel, result
 def test_bad_input_is_named(model: PreTrainedModel, tokens: torch.Tensor) -> None:
     with pytest.raises(InputError, match="one row per prompt"):
         compare(model, tokens[:1, :8], tokens[:, 8:], {})
-    with pytest.raises(InputError, match="'fast', which is no Mac policy"):
+    with pytest.raises(InputError, match="'fast', which is no Mac or Tca policy"):
         compare(model, tokens[:, :8], tokens[:, 8:], {"w": Window(like="fast")})
     with pytest.raises(InputError, match="taken by full attention"):
         compare(model, tokens[:, :8], tokens[:, 8:], {"full": Window(tokens=4)})

@@ -8,7 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from mac_autotune.quality.drift import Watch
 from mac_kernels import MacConfig
-from mac_transformers.batch import Seen
+from mac_transformers.block import Seen
 from mac_transformers.compare import compare
 from mac_transformers.policies import Mac
 
@@ -40,13 +40,13 @@ def test_hops_are_those_of_the_oldest_hand(seen):
         for group in range(2):
             hops: dict[int, int] = {}
             for one in passes:
-                matched = one.trace.matched_pos[row].view(2, -1)[group].tolist()
-                hit = bool(one.trace.hit[row, group])
+                matched = one.trace.matched_pos[0, row].view(2, -1)[group].tolist()
+                hit = bool(one.trace.hit[0, row, group])
                 hops[one.position] = 1 + max(hops.get(position, 0) for position in matched) if hit else 0
             last = passes[-1].position
             (stored,) = watch._hops.values()
             for position in range(last - 15, last + 1):
-                assert int(stored[row, position % 16, group]) == hops[position]
+                assert int(stored[0, row, position % 16, group]) == hops[position]
             assert max(hops.values()) > 2
 
 
@@ -55,12 +55,12 @@ def test_errors_are_those_of_the_sampled_steps(seen):
     sampled = [one for one in passes if one.step % 16 == 0]
     errors = []
     for one in sampled:
-        k, v = (x.repeat_interleave(2, dim=1) for x in (one.k, one.v))
-        weight = torch.softmax(torch.einsum("bhd,bhld->bhl", one.q, k) * one.sm_scale, -1)
+        k, v = (x.repeat_interleave(2, dim=1) for x in (one.k[0], one.v[0]))
+        weight = torch.softmax(torch.einsum("bhd,bhld->bhl", one.q[0], k) * one.sm_scale, -1)
         exact = torch.einsum("bhl,bhld->bhd", weight, v).reshape(2, 2, -1)
-        out = one.out.reshape(2, 2, -1)
+        out = one.out[0].reshape(2, 2, -1)
         relative = (out - exact).norm(dim=-1) / exact.norm(dim=-1)
-        errors += relative[one.trace.hit].tolist()
+        errors += relative[one.trace.hit[0]].tolist()
     found = [value for task, values in watch.bins("rule") if task.startswith("age") for value in values]
     assert sorted(found) == pytest.approx(sorted(errors), rel=1e-3, abs=1e-6)
     assert len(found) > 5

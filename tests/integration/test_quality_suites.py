@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from mac_autotune.quality import csv as table
 from mac_autotune.quality import needle
 from mac_autotune.quality.cli import eval_command
+from mac_kernels import InputError
 
 RULES = "tau=.2,context=100,W=64,S=16,F=2 window:tau=.2,context=100,W=64,S=16,F=2"
 
@@ -81,6 +82,19 @@ def test_kl_writes_one_table_and_skips_what_is_there(folder: Path, tmp_path: Pat
     assert len(table.read(path)) == 3 * 2 * 5
 
 
+def test_kl_is_told_relative_to_a_curve(folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "tiny.csv"
+    small = "context=100,W=64,S=16,F=2"
+    loose, strict, other = f"tau=-9,{small}", f"tau=.9,{small}", f"tau=.2,{small}"
+    command = ("kl", "--model", folder, "--prompt-tokens", "200", "--tokens", "12", "--texts", "docs", "--output", path)
+    run(*command, "--configs", f"{loose} {strict} {other}", "--against", f"{loose} {strict}")
+    ratios = {row.config: row for row in table.read(path) if row.metric == "kl_ratio"}
+    assert set(ratios) == {other}
+    assert 0 < ratios[other].ci_low <= ratios[other].value <= ratios[other].ci_high
+    with pytest.raises(InputError, match="--against names 'fast', which is not among --configs"):
+        run(*command, "--configs", other, "--against", "fast")
+
+
 def test_needle_scores_only_trials_that_full_attention_finds(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -96,21 +110,27 @@ def test_needle_scores_only_trials_that_full_attention_finds(
         "needle", "--model", folder, "--configs", RULES, "--prompt-tokens", "1024", "--trials", "2", "--rows", "4",
         "--tasks", "single", "--modes", "decoded", "--output", path,
     )  # fmt: skip
-    rows = {row.config: row for row in table.read(path)}
-    assert rows["full"].n == 4
-    assert rows["full"].value == 0.5
-    assert len(rows) == 3
-    assert all(row.n == 2 for name, row in rows.items() if name != "full")
-    assert all(0 < row.kv_read < 1 for name, row in rows.items() if name != "full")
+    rows = {(row.config, row.metric): row for row in table.read(path)}
+    full, rule = rows["full", "found"], [row for (config, _), row in rows.items() if config.startswith("tau")]
+    assert (full.n, full.value) == (3, pytest.approx(2 / 3, rel=1e-5))  # until two were found
+    assert {row.metric: row.n for row in rule} == {"recall": 2, "found": 3}
+    assert all(0 < row.kv_read < 1 for (config, _), row in rows.items() if config != "full")
 
 
-def test_needle_shows_a_cell_that_full_attention_fails(folder: Path, tmp_path: Path) -> None:
+def test_needle_leaves_the_rules_out_where_full_attention_fails(folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "tiny.csv"
     run(
-        "needle", "--model", folder, "--configs", RULES, "--prompt-tokens", "1024", "--trials", "1",
+        "needle", "--model", folder, "--configs", RULES, "--prompt-tokens", "1024", "--trials", "1", "--rows", "3",
         "--tasks", "single", "--modes", "asked", "--output", path,
     )  # fmt: skip
-    assert [(row.config, row.value, row.n) for row in table.read(path)] == [("full", 0.0, 4)]
+    before = path.read_bytes()
+    run(
+        "needle", "--model", folder, "--configs", RULES, "--prompt-tokens", "1024", "--trials", "1", "--rows", "3",
+        "--tasks", "single", "--modes", "asked", "--output", path,
+    )  # fmt: skip
+    assert path.read_bytes() == before  # drawn in vain, and not again
+    found = [(row.config.split(":")[0][:3], row.metric, row.value, row.n) for row in table.read(path)]
+    assert found == [("ful", "found", 0.0, 4), ("tau", "found", 0.0, 1), ("win", "found", 0.0, 1)]
 
 
 def test_sketch_writes_recall_of_every_kind(folder: Path, tmp_path: Path) -> None:
@@ -167,7 +187,7 @@ def test_drift_bins_errors_by_age_and_hops(folder: Path, tmp_path: Path) -> None
 
 def test_calibrate_writes_a_config_that_rules_take(folder: Path, tmp_path: Path) -> None:
     scale, path = tmp_path / "scale.json", tmp_path / "tiny.csv"
-    run("calibrate", scale, "--model", folder, "--texts", "docs", "--prompt-tokens", "1400")
+    run("calibrate", scale, "--model", folder, "--texts", "docs", "--prompt-tokens", "1400", "--trials", "1")
     run(
         "kl", "--model", folder, "--configs", "tau=.2,beta=.3,scale=on,context=100,W=64,S=16,F=2", "--scale", scale,
         "--prompt-tokens", "200", "--tokens", "4", "--texts", "docs", "--output", path,

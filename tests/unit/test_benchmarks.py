@@ -11,6 +11,7 @@ import torch
 from benchmarks import results
 from benchmarks.decode import WrongResultError, _check
 from benchmarks.registry import DECODE
+from benchmarks.tca import TCA, TcaCase, budgets
 from mac_kernels import HeadLayout
 
 HIT = torch.tensor([[True, True], [True, False]])
@@ -44,6 +45,13 @@ def test_another_decision_is_refused():
 def test_every_case_can_show_its_hit_rate():
     assert all(abs(case.planted_hit_rate - case.hit_rate) <= 0.03 for case in DECODE)
     assert {(case.batch, case.hit_rate) for case in DECODE} >= {(1, 0.0), (1, 1.0), (64, 0.0), (64, 0.95)}
+
+
+@pytest.mark.parametrize("case", TCA, ids=str)
+def test_budgets_keep_what_the_case_says(case: TcaCase):
+    choice, kept = budgets(case)
+    assert len(choice) == case.layout.num_kv_heads
+    assert abs(kept - case.kept) <= 0.01
 
 
 def test_a_row_of_equal_key_is_replaced(tmp_path: Path):

@@ -40,7 +40,7 @@ def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
     return run
 
 
-VERBS = ["doctor", "support", "ab", "demo", "config show", "eval kl", "eval needle", "eval sketch"]
+VERBS = ["doctor", "support", "ab", "demo", "config show", "eval kl", "eval needle", "eval sketch", "tca calibrate"]
 
 
 @pytest.mark.parametrize("verb", ["", *VERBS])

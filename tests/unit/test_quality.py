@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from mac_autotune.quality import csv as table
 from mac_autotune.quality.bootstrap import interval
 from mac_autotune.quality.csv import Row
-from mac_autotune.quality.metrics import divergence, reuse
+from mac_autotune.quality.metrics import divergence, equal_read_ratio, reuse
 from mac_autotune.quality.needle import GENERATED, MODES, TASKS, answers, continuations, make_trial
 from mac_autotune.quality.rounding import rounding_pool
 from mac_autotune.quality.rules import parse_rule, parse_rules
@@ -278,3 +278,16 @@ def test_metrics_of_a_known_comparison() -> None:
     assert divergence(result, "x", slice(1, 2))["kl"].value == 0
     shares = reuse(result, "x", slice(0, 1))
     assert (shares.group_hit, shares.kv_read) == (0.5, 0.5)
+
+
+def test_kl_is_compared_where_both_read_as_much() -> None:
+    names = ("full", "low", "high", "between", "beyond")
+    read = torch.tensor([1.0, 0.2, 0.4, 0.3, 0.5]).expand(120, 3, 5)[..., None]  # steps, layers, policies, texts
+    kl = torch.tensor([0.0, 0.04, 0.01, 0.01, 0.001]).expand(120, 5)[..., None]
+    zeros = torch.zeros(120, 5, 1)
+    result = Comparison(names, kl, zeros == 0, zeros, torch.zeros(121, 5, 1), read, read, read, read)
+    found = equal_read_ratio(result, "between", ["high", "low"], slice(0, 1))
+    assert found is not None  # halfway between the points, their KL is the geometric mean, .02
+    assert [found.value, found.low, found.high] == pytest.approx([0.5] * 3, rel=1e-4)
+    assert equal_read_ratio(result, "beyond", ["high", "low"], slice(0, 1)) is None
+    assert equal_read_ratio(result, "between", ["high"], slice(0, 1)) is None

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from mac_kernels import ConfigError, HeadLayout, MacConfig, places, resolve_config, tuned
 from mac_kernels.launch import LaunchParams
+from mac_kernels.tca import TcaBudgets
 from mac_kernels.tuned import Bucket, Coverage, KernelFile, KernelKey, ModelKey, PolicyFile, Provenance, Score
 
 KEY = KernelKey(
@@ -288,7 +289,10 @@ def test_a_policy_file_can_be_named_and_launch_parameters_cannot(folders: dict[s
 def test_bundled_files_are_right() -> None:
     folder = Path(places.__file__).parent / "tuned" / "bundled"
     for path in folder.glob("*.json"):
-        assert tuned.load(path).key.file_name == path.name
+        if path.name.startswith("tca,"):
+            assert TcaBudgets.load(path).file_name == path.name
+        else:
+            assert tuned.load(path).key.file_name == path.name
 
 
 def test_inventory_tells_what_is_hidden(folders: dict[str, Path]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,7 +12,11 @@ from mac_kernels import InputError, MacConfig
 from mac_kernels.config import HeadTable
 from mac_kernels.files import write_whole
 
-_CALIBRATION_SEED = 3  # the other commands measure passages 0 and 1
+if TYPE_CHECKING:
+    from mac_kernels.tca import TcaBudgets
+
+_CALIBRATION_SEED = 3  # the other commands measure passages 0 to 2
+_CALIBRATION_TRIAL = 1000  # the needles' own trials begin at 0
 DEFAULT_RULES = "careful balanced fast paper newest window:careful window:balanced window:fast"
 eval_command = typer.Typer(no_args_is_help=True, help="Measure what reuse costs on a real model.")
 
@@ -25,6 +29,9 @@ RulesOption = Annotated[
 ]
 ScaleOption = Annotated[
     Path | None, typer.Option("--scale", help="Config file whose influence_scale the rules with scale=on take.")
+]
+BudgetsOption = Annotated[
+    list[Path] | None, typer.Option("--budgets", help="File of `mac-kernels tca calibrate` for the rules tca,...")
 ]
 OutputOption = Annotated[
     Path | None, typer.Option(help="Table to add to; default benchmarks/results/quality/<model>.csv.")
@@ -40,12 +47,17 @@ def kl(
     *,
     configs: RulesOption = DEFAULT_RULES,
     scale: ScaleOption = None,
+    budgets: BudgetsOption = None,
     model: ModelOption = None,
     device: DeviceOption = "cpu",
     names: TextsOption = "docs,code,greedy",
     prompt_tokens: PromptOption = 3600,
     tokens: Annotated[int, typer.Option(min=2, help="Tokens decoded per text, over all passages.")] = 1024,
     passages: Annotated[int, typer.Option(min=1, help="Passages that the tokens of a text are spread over.")] = 2,
+    against: Annotated[
+        str,
+        typer.Option(help="Rules among --configs; the others' KL is also told relative to theirs at equal reading."),
+    ] = "",
     output: OutputOption = None,
     as_json: JsonOption = False,
     seconds: SecondsOption = None,
@@ -62,7 +74,9 @@ def kl(
     chosen = [name for name in texts.TEXTS if name in names.split(",")]
     if len(chosen) != len(names.split(",")):
         raise InputError(f"--texts {names!r} must be some of {', '.join(texts.TEXTS)}, each once")
-    rules = parse_rules(configs, _scale(scale))
+    rules = parse_rules(configs, _scale(scale), _budgets(budgets))
+    if stray := [rule for rule in against.split() if rule not in rules]:
+        raise InputError(f"--against names {stray[0]!r}, which is not among --configs; add it there")
     sheet = Sheet(model, output, as_json)
     spread = tokens // passages * passages
     todo = [
@@ -82,7 +96,8 @@ def kl(
                     prompt_tokens=prompt_tokens,
                     tokens=spread,
                     passages=passages,
-                    seconds=seconds,
+                    curve=against.split(),
+                    seconds=sheet.left(seconds),
                 )
             )
     sheet.show()
@@ -93,6 +108,7 @@ def needle(
     *,
     configs: RulesOption = "careful balanced fast paper window:careful window:balanced window:fast",
     scale: ScaleOption = None,
+    budgets: BudgetsOption = None,
     model: ModelOption = None,
     device: DeviceOption = "cpu",
     tasks: Annotated[str, typer.Option(help="Tasks separated by commas.")] = (
@@ -120,7 +136,7 @@ def needle(
     for given, known in ((tasks, TASKS), (modes, MODES)):
         if unknown := [name for name in given.split(",") if name not in known]:
             raise InputError(f"unknown {unknown[0]!r} in {given!r}; choose from {', '.join(known)}")
-    rules = parse_rules(configs, _scale(scale))
+    rules = parse_rules(configs, _scale(scale), _budgets(budgets))
     sheet = Sheet(model, output, as_json)
     with sheet.bench(device) as bench:
         for task in tasks.split(","):
@@ -128,9 +144,8 @@ def needle(
                 mode
                 for mode in MODES
                 if mode in modes.split(",")
-                and not all(
-                    sheet.has("needle", f"{task}/{mode}", "docs", rule, context=prompt_tokens, tokens=ANSWER_TOKENS)
-                    for rule in rules
+                and not sheet.has_trials(
+                    f"{task}/{mode}", rules, context=prompt_tokens, tokens=ANSWER_TOKENS, trials=trials
                 )
             ]
             cells = needle_suite(
@@ -194,6 +209,7 @@ def freerun(
     *,
     configs: RulesOption = "careful balanced fast paper window:careful window:balanced window:fast",
     scale: ScaleOption = None,
+    budgets: BudgetsOption = None,
     model: ModelOption = None,
     device: DeviceOption = "cpu",
     prompt_tokens: PromptOption = 3600,
@@ -211,13 +227,18 @@ def freerun(
     from .sheet import Sheet
     from .suites import freerun_suite
 
-    rules = parse_rules(configs, _scale(scale))
+    rules = parse_rules(configs, _scale(scale), _budgets(budgets))
     sheet = Sheet(model, output, as_json)
     if not all(sheet.has("freerun", "greedy", "docs", rule, context=prompt_tokens, tokens=tokens) for rule in rules):
         with sheet.bench(device) as bench:
             sheet.add(
                 freerun_suite(
-                    bench, rules, prompt_tokens=prompt_tokens, tokens=tokens, passages=passages, seconds=seconds
+                    bench,
+                    rules,
+                    prompt_tokens=prompt_tokens,
+                    tokens=tokens,
+                    passages=passages,
+                    seconds=sheet.left(seconds),
                 )
             )
     sheet.show()
@@ -228,15 +249,17 @@ def drift_command(
     *,
     configs: RulesOption = "careful balanced fast tau=.45 careful,age=none fast,age=none",
     scale: ScaleOption = None,
+    budgets: BudgetsOption = None,
     model: ModelOption = None,
     device: DeviceOption = "cpu",
     prompt_tokens: PromptOption = 3600,
-    tokens: Annotated[int, typer.Option(min=16, help="Tokens decoded.")] = 4000,
+    tokens: Annotated[int, typer.Option(min=16, help="Tokens decoded per passage.")] = 4000,
+    passages: Annotated[int, typer.Option(min=1, help="Passages.")] = 1,
     output: OutputOption = None,
     as_json: JsonOption = False,
     seconds: SecondsOption = None,
 ) -> None:
-    """One long passage: whether the error of reused states grows with their age, or as they are handed on.
+    """Long passages: whether the error of reused states grows with their age, or as they are handed on.
 
     Example: mac-kernels eval drift --configs careful --tokens 64
     """
@@ -244,10 +267,19 @@ def drift_command(
     from .sheet import Sheet
     from .suites import drift_suite
 
-    rules = parse_rules(configs, _scale(scale))
+    rules = parse_rules(configs, _scale(scale), _budgets(budgets))
     sheet = Sheet(model, output, as_json)
     with sheet.bench(device) as bench:
-        sheet.add(drift_suite(bench, rules, prompt_tokens=prompt_tokens, tokens=tokens, seconds=seconds))
+        sheet.add(
+            drift_suite(
+                bench,
+                rules,
+                prompt_tokens=prompt_tokens,
+                tokens=tokens,
+                passages=passages,
+                seconds=sheet.left(seconds),
+            )
+        )
     sheet.show()
 
 
@@ -260,16 +292,18 @@ def calibrate(
     names: TextsOption = "docs,code",
     prompt_tokens: PromptOption = 3072,
     passages: Annotated[int, typer.Option(min=1, help="Passages per text; none that the other commands measure.")] = 1,
-    preset: Annotated[str, typer.Option(help="Preset that the scale is for, and that the file names.")] = "careful",
+    trials: Annotated[int, typer.Option(min=0, help="Needle trials per task, answered, besides.")] = 2,
+    preset: Annotated[str, typer.Option(help="careful, balanced or fast.")] = "careful",
 ) -> None:
-    """Measure, head by head, what a reused state does to the model, and write it as ``influence_scale``.
+    """Measure, head by head, what a reused state does to the model, and write the preset that it allows.
 
     Example: mac-kernels eval calibrate smollm2.json
     """
     import torch
 
+    from ..calibrate import CALIBRATED_THRESHOLD, calibrated
     from ..calibrate import calibrate as measure
-    from . import texts
+    from . import needle, texts
     from .sheet import Sheet
 
     known: tuple[texts.PassageName, ...] = ("docs", "code")
@@ -277,13 +311,25 @@ def calibrate(
     if len(chosen) != len(names.split(",")):
         raise InputError(f"--texts {names!r} must be some of docs, code, each once")
     config = MacConfig.preset(preset)
+    calibrated(config, ((1.0,),))  # refuses a preset that it has no use for
     with Sheet(model, None, False).bench(device) as bench:
         found = [
             texts.passages(bench.tokenizer, name, length=prompt_tokens, count=passages, seed=_CALIBRATION_SEED)
             for name in chosen
         ]
-        scale = measure(bench.model, torch.cat(found), config=config, progress=bench.step("calibrate"))
-    write_whole(output, dataclasses.replace(config, influence_scale=scale).to_json())
+        answered = [
+            needle.answered_trial(bench.tokenizer, task, length=prompt_tokens, seed=_CALIBRATION_TRIAL + trial)
+            for task in ("single", "multi_key", "multi_value", "variable_tracking")
+            for trial in range(trials)
+        ]
+        scale = measure(
+            bench.model,
+            torch.cat(found),
+            config=dataclasses.replace(config, threshold=CALIBRATED_THRESHOLD),
+            answered=answered,
+            progress=bench.step("calibrate"),
+        )
+    write_whole(output, calibrated(config, scale).to_json())
     typer.echo(output)
 
 
@@ -303,6 +349,12 @@ def plot(
     path = table.with_suffix(".png") if output is None else output
     plot_frontier(read(table), path)
     typer.echo(path)
+
+
+def _budgets(files: list[Path] | None) -> list[TcaBudgets]:
+    from mac_kernels.tca import TcaBudgets
+
+    return [TcaBudgets.load(file) for file in files or ()]
 
 
 def _scale(file: Path | None) -> HeadTable | None:

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional
 
-from mac_transformers.batch import Seen
+from mac_transformers.block import Seen
 
 STRETCH = 1000
 """Decode steps over which the divergence is averaged."""
@@ -27,25 +27,26 @@ class Watch:
     """
 
     def __init__(self) -> None:
-        self._hops: dict[tuple[int, tuple[str, ...]], torch.Tensor] = {}
+        self._hops: dict[tuple[str, ...], torch.Tensor] = {}
         self._samples: dict[str, list[torch.Tensor]] = {}
 
     def __call__(self, seen: Seen) -> None:
-        """Follow one step; every now and then compare with exact attention."""
-        trace, window = seen.trace, seen.rings.window
-        count, kv_heads = trace.hit.shape
-        key = (seen.layer, seen.policies)
-        if key not in self._hops:
-            self._hops[key] = torch.zeros(count, window, kv_heads, dtype=torch.int64, device=seen.q.device)
-        hops = self._hops[key]
-        matched = (trace.matched_pos % window).view(count, kv_heads, -1)
-        group = torch.arange(kv_heads, device=hops.device)[:, None]
-        handed = hops[torch.arange(count, device=hops.device)[:, None, None], matched, group].amax(-1) + 1
-        hops[:, seen.position % window] = torch.where(trace.hit, handed, 0)
+        """Follow one step through all layers; every now and then compare with exact attention."""
+        trace, window, device = seen.trace, seen.rings.window, seen.trace.reason.device
+        layers, rows, kv_heads = trace.hit.shape
+        if seen.policies not in self._hops:
+            self._hops[seen.policies] = torch.zeros(layers, rows, window, kv_heads, dtype=torch.int64, device=device)
+        hops = self._hops[seen.policies]
+        matched = (trace.matched_pos % window).view(layers, rows, kv_heads, -1)
+        layer, row, group = torch.meshgrid(
+            *(torch.arange(count, device=device) for count in (layers, rows, kv_heads)), indexing="ij"
+        )
+        handed = hops[layer[..., None], row[..., None], matched, group[..., None]].amax(-1) + 1
+        hops[:, :, seen.position % window] = torch.where(trace.hit, handed, 0)
         if seen.step % _EVERY == 0:
-            errors = self._errors(seen, hops[:, seen.position % window])
-            for policy, row in zip(seen.policies, errors, strict=True):
-                self._samples.setdefault(policy, []).append(row)
+            errors = self._errors(seen, hops[:, :, seen.position % window])
+            for policy, sample in zip(seen.policies, errors, strict=True):
+                self._samples.setdefault(policy, []).append(sample)
 
     def bins(self, policy: str) -> Iterator[tuple[str, NDArray[np.float64]]]:
         """Relative errors of a policy's reused groups by ``age A-B`` and ``hops A-B``; empty bins are left out."""
@@ -60,12 +61,13 @@ class Watch:
                     yield f"{name} {low}-{high - 1}" if high < 1 << 30 else f"{name} {low}-", error[inside]
 
     def _errors(self, seen: Seen, hops: torch.Tensor) -> torch.Tensor:
-        """Per row: hit, age, hops and relative error of every group, [rows, 4, Hkv] fp32."""
-        exact = functional.scaled_dot_product_attention(
-            seen.q[:, :, None], seen.k, seen.v, scale=seen.sm_scale, enable_gqa=True
-        )[:, :, 0]
-        count, kv_heads = hops.shape
-        exact, out = (x.float().reshape(count, kv_heads, -1) for x in (exact, seen.out))
-        error = (out - exact).norm(dim=-1) / exact.norm(dim=-1)
-        anchor = seen.rings.fields["anchor"][seen.layer, :, seen.position % seen.rings.window]
-        return torch.stack((seen.trace.hit.float(), (seen.position - anchor).float(), hops.float(), error), dim=1)
+        """Per row: hit, age, hops and relative error of every layer's groups, [rows, 4, layers * Hkv] fp32."""
+        _, rows, kv_heads = hops.shape
+        relative = []
+        for q, out, k, v in zip(seen.q, seen.out, seen.k, seen.v, strict=True):
+            groups = q.view(rows, kv_heads, -1, q.shape[-1])
+            exact = functional.scaled_dot_product_attention(groups, k, v, scale=seen.sm_scale).float().flatten(2)
+            relative.append((out.float().view(exact.shape) - exact).norm(dim=-1) / exact.norm(dim=-1))
+        age = seen.position - seen.rings.fields["anchor"][:, :, seen.position % seen.rings.window]
+        found = (seen.trace.hit.float(), age.float(), hops.float(), torch.stack(relative))
+        return torch.stack(found, dim=1).permute(2, 1, 0, 3).flatten(2)

@@ -63,6 +63,33 @@ def divergence(result: Comparison, policy: str, texts: slice) -> dict[str, Estim
     return found
 
 
+def equal_read_ratio(result: Comparison, policy: str, curve: Sequence[str], texts: slice) -> Estimate | None:
+    """Mean KL of a policy over that of other policies where they read as much.
+
+    The others' KL between the points of their curve is interpolated, its logarithm linear in the share of the KV cache
+    read. ``None`` if the policy reads more or less than all of them.
+    """
+
+    def columns(name: str) -> list[NDArray[np.float64]]:
+        index = result.index(name)
+        both = result.kl[:, index, texts], result.kv_read[:, :, index, texts].mean(1)
+        return [values.T.flatten().double().numpy() for values in both]
+
+    def ratio(values: NDArray[np.float64]) -> float:
+        kl, read = values.mean(0).reshape(-1, 2).T
+        order = np.argsort(read[1:])
+        at, level = read[1:][order], np.log(np.maximum(kl[1:][order], 1e-12))
+        left = int(np.clip(np.searchsorted(at, read[0]) - 1, 0, len(at) - 2))
+        step = (read[0] - at[left]) / max(at[left + 1] - at[left], 1e-12)
+        return float(kl[0] / np.exp(level[left] + step * (level[left + 1] - level[left])))
+
+    values = np.stack([column for name in (policy, *curve) for column in columns(name)], axis=1)
+    read = values.mean(0)[1::2]
+    if len(curve) < 2 or not read[1:].min() <= read[0] <= read[1:].max():
+        return None
+    return estimate(values, ratio, block=BLOCK)
+
+
 def reuse(result: Comparison, policy: str, texts: slice | list[int]) -> Reuse:
     """Hit rates and KV share of a policy over some texts."""
     index = result.index(policy)

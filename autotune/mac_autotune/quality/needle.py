@@ -167,6 +167,17 @@ def make_trial(tokenizer: PreTrainedTokenizerBase, task: str, *, length: int, mo
     return Trial(task, prompt, (-1,) * GENERATED + forced if mode == "generated" else forced, puzzle.expected)
 
 
+def answered_trial(
+    tokenizer: PreTrainedTokenizerBase, task: str, *, length: int, seed: int
+) -> tuple[torch.Tensor, int]:
+    """A trial with its question and the right answer, [length] int64, and how many tokens the answer has."""
+    trial = make_trial(tokenizer, task, length=length, mode="decoded", seed=seed)
+    answer = _tokens(tokenizer, f" {', '.join(trial.expected)}.")
+    end = [*trial.forced, *answer]
+    trial = make_trial(tokenizer, task, length=length - len(end), mode="decoded", seed=seed)
+    return torch.cat((trial.prompt, torch.tensor(end))), len(answer)
+
+
 def _haystack(tokenizer: PreTrainedTokenizerBase, room: int, seed: int) -> tuple[list[int], list[int]]:
     """``room`` tokens of text and the places between its paragraphs."""
     tokens: list[int] = []

@@ -1,14 +1,17 @@
-"""Readable names of policies: ``careful``, ``tau=.6,beta=.15``, ``fast,rows=int8``, ``newest``, ``window:careful``."""
+"""Readable names of policies: ``careful``, ``tau=.6,beta=.15``, ``fast,rows=int8``, ``newest``, ``tca,mass=.5``."""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import get_args
+from typing import Any, get_args
 
 from mac_kernels import PRESETS, ConfigError, MacConfig, find_match
 from mac_kernels.config import HeadTable
 from mac_kernels.step import FindMatch
-from mac_transformers.policies import Mac, Policy, Window, find_newest
+from mac_kernels.tca import TcaBudgets, TcaConfig
+from mac_transformers.policies import Mac, Policy, Tca, Window, find_newest
 
 from .rounding import STORED, rounding_pool
 from .sketches import Ballot, Basis, SketchedMatch, SketchKind
@@ -29,7 +32,7 @@ _FORMATS = {"rows": STORED, "q": ("q_pre",), "o": ("out",), "g": ("kbar",)}
 _WORDS = {"none": None, "on": True, "off": False}
 
 
-def parse_rule(text: str, scale: HeadTable | None = None) -> Policy:
+def parse_rule(text: str, scale: HeadTable | None = None, budgets: Sequence[TcaBudgets] = ()) -> Policy:
     """Turn a rule into a policy.
 
     A rule is a preset (or ``newest``, the control that takes the newest row under the threshold), then ``key=value``
@@ -38,6 +41,10 @@ def parse_rule(text: str, scale: HeadTable | None = None) -> Policy:
     of a sketch kind (with ``k``, the rows it nominates); ``scale=on`` = the calibrated ``scale``. Without a preset it
     starts from the defaults without the influence bound, so that a rule's name says all that it bounds.
     ``window:RULE`` and ``window:N`` are the sink + window control.
+
+    ``tca`` takes the first of the ``budgets`` that has all the fields of :class:`mac_kernels.tca.TcaConfig` that the
+    rule names (``mass_target``, for short ``mass``, and ``refresh`` are free), and ``measure``; ``prefill=dense`` reads
+    the prompt exactly.
 
     Raises
     ------
@@ -55,6 +62,8 @@ def parse_rule(text: str, scale: HeadTable | None = None) -> Policy:
         size = text.removeprefix("window:")
         return Window(tokens=int(size)) if size.isdigit() else Window(like=size)
     first, *rest = text.split(",")
+    if first == "tca":
+        return _tca(text, rest, budgets)
     find: FindMatch = find_match
     base = PRESETS.get(first)
     if "=" in first:
@@ -63,7 +72,7 @@ def parse_rule(text: str, scale: HeadTable | None = None) -> Policy:
         base, find = MacConfig(influence=None, nominees=None), find_newest
     if base is None:
         raise ConfigError(
-            f"unknown rule {first!r} in {text!r}; begin with one of {', '.join(PRESETS)}, newest, window:"
+            f"unknown rule {first!r} in {text!r}; begin with one of {', '.join(PRESETS)}, newest, tca, window:"
         )
     fields, sketch = base.to_dict(), ""
     formats: dict[str, str] = {}
@@ -92,7 +101,7 @@ def parse_rule(text: str, scale: HeadTable | None = None) -> Policy:
     return Mac(config, pool=rounding_pool(formats), find=find) if formats else Mac(config, find=find)
 
 
-def parse_rules(text: str, scale: HeadTable | None = None) -> dict[str, Policy]:
+def parse_rules(text: str, scale: HeadTable | None = None, budgets: Sequence[TcaBudgets] = ()) -> dict[str, Policy]:
     """Policies by their rule, from rules separated by blanks; a window's partner must be among them.
 
     Raises
@@ -100,13 +109,35 @@ def parse_rules(text: str, scale: HeadTable | None = None) -> dict[str, Policy]:
     ConfigError
         If a rule is wrong, or a window names a rule that is not there.
     """
-    rules = {rule: parse_rule(rule, scale) for rule in text.split()}
+    rules = {rule: parse_rule(rule, scale, budgets) for rule in text.split()}
     for rule, policy in rules.items():
         if isinstance(policy, Window) and policy.like is not None and policy.like not in rules:
             raise ConfigError(f"{rule!r} needs the rule {policy.like!r} in the same list")
     if not rules:
         raise ConfigError("no rule given; e.g. --configs 'careful balanced window:careful'")
     return rules
+
+
+def _tca(text: str, pairs: Sequence[str], budgets: Sequence[TcaBudgets]) -> Tca:
+    fields: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise ConfigError(f"{pair!r} in {text!r} is no key=value pair; e.g. mass=.5")
+        fields["mass_target" if key == "mass" else key] = _value(value)
+    prefill, measure = fields.pop("prefill", "sparse"), fields.pop("measure", None)
+    if prefill not in ("sparse", "dense"):
+        raise ConfigError(f"prefill={prefill} in {text!r} must be sparse or dense")
+    for found in budgets:
+        config = TcaConfig.from_dict({**found.config.to_dict(), **fields}, source=text)
+        free = {name: getattr(config, name) for name in ("mass_target", "mode", "refresh")}
+        same = dataclasses.replace(found.config, **free)
+        if config == same and measure in (None, found.measure):
+            return Tca(config, found, prefill)
+    raise ConfigError(
+        f"{text!r} takes calibrated budgets, and none were given for it; write them with `mac-kernels tca calibrate` "
+        "and name the file: --budgets FILE"
+    )
 
 
 @lru_cache

@@ -20,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from mac_kernels import InputError
+from mac_transformers.batch import FULL
 from mac_transformers.weights import find_weights
 
 from .csv import Row, read, upsert
@@ -49,13 +50,24 @@ class Sheet:
         self.model = self._weights.name.removesuffix(".gguf")
         self.output = RESULTS / f"{_QUANTISATION.sub('', self.model)}.csv" if output is None else output
         self._as_json = as_json
-        self._old = {(r.model, r.suite, r.task, r.text, r.config, r.context, r.tokens) for r in read(self.output)}
-        self._rows: list[Row] = []
+        self._old: dict[tuple[object, ...], dict[str, int]] = {}
+        for r in read(self.output):
+            cell = r.model, r.suite, r.task, r.text, r.config, r.context, r.tokens
+            self._old.setdefault(cell, {})[r.metric] = r.n
+        self._rows: dict[tuple[str, ...], Row] = {}
         self._begin = time.monotonic()
 
     def has(self, suite: str, task: str, text: str, config: str, *, context: int, tokens: int) -> bool:
         """Whether the table held this cell before."""
         return (self.model, suite, task, text, config, context, tokens) in self._old
+
+    def has_trials(self, task: str, rules: Iterable[str], *, context: int, tokens: int, trials: int) -> bool:
+        """Whether the table held a needle task for all rules with as many trials scored, or drawn in vain."""
+
+        def count(config: str, metric: str) -> int:
+            return self._old.get((self.model, "needle", task, "docs", config, context, tokens), {}).get(metric, 0)
+
+        return count(FULL, "found") >= 4 * trials or all(count(rule, "recall") >= trials for rule in rules)
 
     def left(self, seconds: float | None) -> float | None:
         """What is left of a time limit that began with this command."""
@@ -84,17 +96,17 @@ class Sheet:
         """Add finished cells to the table on disk."""
         fresh = [row for cell in cells for row in self._rows_of(cell)]
         upsert(self.output, fresh)
-        self._rows += fresh
+        self._rows |= {row.key: row for row in fresh}
 
     def show(self) -> None:
         """Print what this command measured."""
         if self._as_json:
-            print(json.dumps([asdict(row) for row in self._rows], indent=2))
+            print(json.dumps([asdict(row) for row in self._rows.values()], indent=2))
             return
-        metrics = list(dict.fromkeys(row.metric for row in self._rows))
+        metrics = list(dict.fromkeys(row.metric for row in self._rows.values()))
         table = Table("task", "text", "config", "group hit", "KV read", *metrics, title=f"{self.model}: {self.output}")
         lines: dict[tuple[str, str, str], dict[str, Row]] = {}
-        for row in self._rows:
+        for row in self._rows.values():
             lines.setdefault((row.task, row.text, row.config), {})[row.metric] = row
         for names, found in lines.items():
             one = next(iter(found.values()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from . import drift, metrics, needle, texts
 Progress = Callable[[str, int, int], None]
 """Called as ``progress(what, done, total)``."""
 ANSWER_TOKENS = 24
+_HOPELESS = 0.1  # share of useful trials below which a needle cell is not worth its time
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,13 +59,15 @@ def kl_suite(
     prompt_tokens: int,
     tokens: int,
     passages: int,
+    curve: Sequence[str] = (),
     seconds: float | None = None,
 ) -> list[Cell]:
     """Teacher-forced divergence from full attention.
 
     All texts and rules advance together. ``tokens`` per text are spread over ``passages`` that do not overlap;
-    ``greedy`` is the model's own continuation of other passages of the documentation. ``seconds`` ends the decoding
-    early, with fewer tokens.
+    ``greedy`` is the model's own continuation of other passages of the documentation. ``curve`` names rules that all
+    others are compared with where they read as much (``kl_ratio``). ``seconds`` ends the decoding early, with fewer
+    tokens.
     """
     steps = tokens // passages
     whole = [_text(bench, name, prompt_tokens, steps + 1, passages) for name in names]
@@ -81,6 +85,9 @@ def kl_suite(
         rows = slice(index * passages, (index + 1) * passages)
         for rule in rules:
             shares, found = metrics.reuse(result, rule, rows), metrics.divergence(result, rule, rows)
+            ratio = None if rule in curve else metrics.equal_read_ratio(result, rule, curve, rows)
+            if ratio is not None:
+                found["kl_ratio"] = ratio
             done = len(result.kl) * passages
             cells.append(Cell("kl", "teacher_forced", name, rule, prompt_tokens, done, shares, found))
     return cells
@@ -97,19 +104,22 @@ def needle_suite(
     rows: int,
     seconds: float | None = None,
 ) -> Iterator[list[Cell]]:
-    """Retrieval against full attention, one task and mode after the other.
+    """Retrieval against full attention, one task and mode after the other; every batch of trials gives the cell anew.
 
     Trials are drawn until ``trials`` are found in which full attention finds something (at most four times as many are
-    drawn); only those are run under the rules. The metric ``recall`` of a rule is the share of full attention's recall
-    that it keeps; of ``full`` it is its recall over all trials drawn, so that a hard cell is seen. ``rows`` bounds how
-    many sequences are decoded at once; ``seconds`` is the time after which no further cell is begun.
+    drawn; the rules are left out once the first ``trials`` show that full attention fails). Metrics of a rule:
+    ``recall``, the share of full attention's recall that it keeps where full attention finds something; ``found``, its
+    recall over all trials, to be compared with the same of ``full``. Choosing trials by what full attention finds is
+    unfair to all others on trials that could go either way; ``found`` is not. ``rows`` bounds how many sequences are
+    decoded at once; after ``seconds`` no further cell is begun and a cell ends with the trials that it has.
     """
     begin = time.monotonic()
     for task in tasks:
         for mode in modes:
-            if seconds is not None and time.monotonic() - begin > seconds:
+            left = math.inf if seconds is None else begin + seconds - time.monotonic()
+            if left <= 0:
                 return
-            yield _needle_cell(bench, rules, task, mode, prompt_tokens, trials, rows)
+            yield from _needle_cell(bench, rules, task, mode, prompt_tokens, trials, rows, left)
 
 
 def freerun_suite(
@@ -139,15 +149,15 @@ def freerun_suite(
 
 
 def drift_suite(
-    bench: Bench, rules: Mapping[str, Policy], *, prompt_tokens: int, tokens: int, seconds: float | None
+    bench: Bench, rules: Mapping[str, Policy], *, prompt_tokens: int, tokens: int, passages: int, seconds: float | None
 ) -> list[Cell]:
-    """Decode one long passage of the documentation, teacher-forced, to see whether the error grows.
+    """Decode long passages of the documentation, teacher-forced, to see whether the error grows.
 
-    Tasks: ``steps A-B``, divergence from full attention in a stretch of the passage; ``age A-B`` and ``hops A-B``,
+    Tasks: ``steps A-B``, divergence from full attention in a stretch of the passages; ``age A-B`` and ``hops A-B``,
     relative L2 error (``rel_l2``) of reused groups against exact attention of the same query over the same cache, by
     the distance to their anchor and by how often their state was handed on.
     """
-    whole = texts.passages(bench.tokenizer, "docs", length=prompt_tokens + tokens + 1)
+    whole = texts.passages(bench.tokenizer, "docs", length=prompt_tokens + tokens + 1, count=passages)
     watch = drift.Watch()
     result = compare(
         bench.model,
@@ -180,34 +190,53 @@ def _needle_cell(
     prompt_tokens: int,
     trials: int,
     rows: int,
+    seconds: float,
+) -> Iterator[list[Cell]]:
+    name, begin = f"{task}/{mode}", time.monotonic()
+    recalls: list[np.ndarray] = []
+    results: list[tuple[Comparison, int]] = []
+    size = max(1, rows // (len(rules) + 1))
+    scored = 0
+    for low in range(0, 4 * trials, size):
+        seeds = range(low, min(low + size, 4 * trials))
+        some = [needle.make_trial(bench.tokenizer, task, length=prompt_tokens, mode=mode, seed=seed) for seed in seeds]
+        hopeless = low >= trials and scored < trials * _HOPELESS
+        recall, result = _ask(bench, some, {} if hopeless else rules, name)
+        scored += int((recall[0] > 0).sum())
+        if hopeless:
+            recall = np.concatenate((recall, np.full((len(rules), len(some)), math.nan)))
+        else:
+            results.append((result, len(some)))
+        recalls.append(recall)
+        yield _needle_cells(name, rules, prompt_tokens, np.concatenate(recalls, axis=1), results)
+        if scored >= trials or time.monotonic() - begin > seconds:
+            return
+
+
+def _needle_cells(
+    name: str,
+    rules: Mapping[str, Policy],
+    prompt_tokens: int,
+    recall: np.ndarray,
+    results: Sequence[tuple[Comparison, int]],
 ) -> list[Cell]:
-    name = f"{task}/{mode}"
-    drawn: list[tuple[needle.Trial, float]] = []
-    for low in range(0, 4 * trials, trials):
-        fresh = [
-            needle.make_trial(bench.tokenizer, task, length=prompt_tokens, mode=mode, seed=seed)
-            for seed in range(low, low + trials)
-        ]
-        for some in _chunks(fresh, rows):
-            recall, _ = _ask(bench, some, {}, f"{name} full")
-            drawn += zip(some, recall[0].tolist(), strict=True)
-        if sum(found > 0 for _, found in drawn) >= trials:
-            break
-    everything = np.array([found for _, found in drawn])
-    full = metrics.estimate(everything, lambda x: float(x.mean()), block=1)
-    nothing = metrics.Reuse(0.0, 0.0, 1.0)
-    cells = [Cell("needle", name, "docs", FULL, prompt_tokens, ANSWER_TOKENS, nothing, {"recall": full})]
-    scored = [trial for trial, found in drawn if found > 0][:trials]
-    kept, results = [], []
-    for some in _chunks(scored, max(1, rows // (len(rules) + 1))):
-        recall, result = _ask(bench, some, rules, name)
-        kept.append(recall[1:] / np.maximum(recall[:1], 1e-9))
-        results.append((result, len(some)))
-    for index, rule in enumerate(rules if scored else ()):
-        share = np.minimum(np.concatenate([part[index] for part in kept]), 1.0)
-        found = metrics.estimate(share, lambda x: float(x.mean()), block=1)
-        reuse = _mean_reuse([(metrics.reuse(result, rule, slice(None)), count) for result, count in results])
-        cells.append(Cell("needle", name, "docs", rule, prompt_tokens, ANSWER_TOKENS, reuse, {"recall": found}))
+    """Cells of full attention and of every rule from ``recall`` [1 + rules, trials], NaN where a rule did not run."""
+
+    def mean(values: np.ndarray) -> metrics.Estimate:
+        return metrics.estimate(values, lambda x: float(x.mean()), block=1)
+
+    cells = []
+    for index, rule in enumerate((FULL, *rules)):
+        ran = ~np.isnan(recall[index])
+        useful = ran & (recall[0] > 0)
+        found = {"found": mean(recall[index, ran])}
+        if index == 0:
+            reuse = metrics.Reuse(0.0, 0.0, 1.0)
+        else:
+            reuse = _mean_reuse([(metrics.reuse(result, rule, slice(None)), count) for result, count in results])
+            if useful.any():
+                found["recall"] = mean(np.minimum(recall[index, useful] / recall[0, useful], 1.0))
+        cells.append(Cell("needle", name, "docs", rule, prompt_tokens, ANSWER_TOKENS, reuse, found))
     return cells
 
 
@@ -238,8 +267,3 @@ def _mean_reuse(parts: Sequence[tuple[metrics.Reuse, int]]) -> metrics.Reuse:
     weight = np.array([count for _, count in parts], dtype=float)
     values = np.array([(part.group_hit, part.head_hit, part.kv_read) for part, _ in parts])
     return metrics.Reuse(*(values * weight[:, None] / weight.sum()).sum(0).tolist())
-
-
-def _chunks(items: Sequence[needle.Trial], size: int) -> Iterator[list[needle.Trial]]:
-    for low in range(0, len(items), max(size, 1)):
-        yield list(items[low : low + size])

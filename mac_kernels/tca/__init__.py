@@ -1,0 +1,51 @@
+"""TCA-Attention (arXiv 2512.09238): each head keeps its core context tokens and a local window."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+_HOME = {
+    "EvictedKV": "evict",
+    "FarSet": "select",
+    "Selection": "select",
+    "TcaBudgets": "budgets",
+    "TcaConfig": "config",
+    "compact": "reference",
+    "find_budgets": "budgets",
+    "importance": "select",
+    "select_far": "select",
+    "select_prompt": "select",
+    "sparse_decode": "reference",
+    "sparse_prefill": "reference",
+}
+__all__ = [
+    "EvictedKV",
+    "FarSet",
+    "Selection",
+    "TcaBudgets",
+    "TcaConfig",
+    "compact",
+    "find_budgets",
+    "importance",
+    "select_far",
+    "select_prompt",
+    "sparse_decode",
+    "sparse_prefill",
+]
+
+if TYPE_CHECKING:
+    from .budgets import TcaBudgets, find_budgets
+    from .config import TcaConfig
+    from .evict import EvictedKV
+    from .reference import compact, sparse_decode, sparse_prefill
+    from .select import FarSet, Selection, importance, select_far, select_prompt
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name on first use, so that importing the package costs nothing."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_HOME[name]}", __name__), name)
+    globals()[name] = value
+    return value
