@@ -7,7 +7,7 @@ import torch
 from mac_kernels import HeadLayout
 from mac_kernels.tuned import KernelKey, find_kernel
 
-FULL_US, MISS_US, HIT_US, HIT_GROUP_US = 19.0, 14.0, 20.0, 0.125
+FULL_US, MISS_US, HIT_US, HIT_GROUP_US = 19.0, 16.0, 20.0, 0.135
 """One layer on an H100 (``benchmarks/results``): the part of full attention that does not depend on what it reads, what
 a step of misses adds to it, a step of hits at batch 1, and what each further kv group adds to that."""
 _OF_PEAK = 0.91
