@@ -127,7 +127,7 @@ class ComposedStep(FusedStep):
         decide_kernel[(self._groups,)](q, stride_b, stride_h, slots, generations, **bound.decide)
         tiles_kernel[(self._tiles,)](q, stride_b, stride_h, **bound.tiles)
         self._attend_to_rest(kv, attention, with_keys=rings.correction)
-        programs = self._groups * -(-layout.group_size // self.launch.block_heads)
+        programs = self._groups * layout.group_size
         complete_kernel[(programs,)](out, out.stride(0), out.stride(1), **bound.complete)
 
     def _attend_to_rest(self, kv: PagedKV, attention: _Attention, *, with_keys: bool) -> None:
@@ -218,7 +218,6 @@ class ComposedStep(FusedStep):
             "BLOCK_R": min(_SCAN_ROWS, triton.next_power_of_2(config.window)),
             "SCAN_SPLITS": self._scan_splits,
             "SCAN_IS_OLDER": True,
-            "BLOCK_HEADS": launch.block_heads,
             "BLOCK_P": launch.block_parts,
         }
 

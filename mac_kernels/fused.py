@@ -186,10 +186,9 @@ class FusedStep:
             ),
             complete=bind(
                 complete_kernel,
-                self._groups * -(-kv.layout.group_size // launch.block_heads),
+                self._groups * kv.layout.group_size,
                 launch.complete_warps,
                 BLOCK_P=launch.block_parts,
-                BLOCK_HEADS=launch.block_heads,
             ),
         )
 

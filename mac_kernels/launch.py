@@ -15,8 +15,7 @@ class LaunchParams:
 
     Scout: ``splits`` programs per kv group scan the ring, ``block_rows`` rows at a time, and as many attend to band and
     sinks. Decide: one program per kv group. Rest: ``programs_per_sm``. Both attend to ``..._tile_bytes`` of keys and
-    values at once. Complete: ``block_parts`` parts of ``block_heads`` heads merged at once. Warps and stages as in
-    Triton.
+    values at once. Complete: ``block_parts`` parts of a head merged at once. Warps and stages as in Triton.
     """
 
     splits: int = 1
@@ -30,7 +29,6 @@ class LaunchParams:
     rest_warps: int = 4
     rest_stages: int = 5
     block_parts: int = 8
-    block_heads: int = 1
     complete_warps: int = 2
 
 

@@ -24,7 +24,6 @@ LAUNCH_CHOICES: dict[str, tuple[int, ...]] = {
     "rest_warps": (4, 8),
     "rest_stages": (2, 3, 4, 5),
     "block_parts": (4, 8, 16, 32),
-    "block_heads": (1, 2, 4),
     "complete_warps": (1, 2, 4),
 }
 """Every field of :class:`mac_kernels.launch.LaunchParams`; the values of the defaults are among them."""
@@ -33,7 +32,7 @@ KERNELS: dict[str, tuple[str, ...]] = {
     "scout": ("splits", "scout_tile_bytes", "scout_warps", "scout_stages", "block_rows"),
     "decide": ("splits", "decide_warps"),
     "rest": ("rest_tile_bytes", "rest_warps", "rest_stages"),
-    "complete": ("splits", "block_parts", "block_heads", "complete_warps"),
+    "complete": ("splits", "block_parts", "complete_warps"),
 }
 """The fields that each kernel is compiled for: what they do not share need not be compiled in every combination."""
 
