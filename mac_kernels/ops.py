@@ -118,7 +118,7 @@ def fill_op(
         sm_scale=sm_scale,
         logits_soft_cap=logits_soft_cap,
         max_kv_len=max_kv_len,
-        backend=backend,  # type: ignore[arg-type]
+        backend=backend,  # type: ignore[arg-type]  # an operator passes it as a plain str
     )
 
 

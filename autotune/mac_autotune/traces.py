@@ -83,6 +83,7 @@ class _Recorder:
         if layer in self._layers:
             newest = q[:, :, -self._rows :].transpose(1, 2)
             self.seen[layer] = tuple(x[0].float().cpu().contiguous() for x in (newest, k, v))
+            # a Linear; torch types every attribute as Tensor | Module
             self.out_proj[layer] = module.o_proj.weight.detach().to("cpu", torch.bfloat16)  # type: ignore[union-attr,operator]
             if self.rope is None:
                 rope = ModelRope(module, q.dtype).at(length)

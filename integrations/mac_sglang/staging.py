@@ -45,7 +45,7 @@ class Staging:
         if rings.device.type == "cuda":
             # torch has no types for these constructors
             self._side = torch.cuda.Stream(rings.device)  # type: ignore[no-untyped-call]
-            self._free = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._free = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch has no types for it
 
     def fields_of(self, memory: torch.Tensor) -> dict[str, torch.Tensor]:
         """The ring's fields [num_layers, W, ...] in a buffer [nbytes] uint8, as views."""

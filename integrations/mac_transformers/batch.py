@@ -108,7 +108,7 @@ class DecodeBatch:
 
     def rope(self, module: nn.Module) -> Rope:
         """The layer's rotation as a table on the device, so that a step does not compute or copy it."""
-        layer = int(module.layer_idx)  # type: ignore[arg-type]
+        layer = int(module.layer_idx)  # type: ignore[arg-type]  # an int; torch types it Tensor | Module
         if layer not in self._ropes:
             dtype = next(module.parameters()).dtype
             rope = ModelRope(module, dtype).at(self.length)
@@ -231,6 +231,7 @@ class _Prefill:
     def attend(
         self, module: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sm_scale: float
     ) -> torch.Tensor:
+        # an int; torch types every attribute as Tensor | Module
         batch, text, layer, length = self._batch, self._text, int(module.layer_idx), q.shape[2]  # type: ignore[arg-type]
         for cache, new in zip(batch.kv[layer], (k, v), strict=True):
             cache[text :: batch.texts, :, :length] = new
@@ -275,6 +276,7 @@ class _TcaPrefill:
     def attend(
         self, module: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sm_scale: float
     ) -> torch.Tensor:
+        # an int; torch types every attribute as Tensor | Module
         batch, layer, length = self._batch, int(module.layer_idx), q.shape[2]  # type: ignore[arg-type]
         row = self._rows.rows.start + self._text
         for cache, new in zip(batch.kv[layer], (k, v), strict=True):
@@ -293,6 +295,7 @@ class _Decode:
     def attend(
         self, module: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sm_scale: float
     ) -> torch.Tensor:
+        # an int; torch types every attribute as Tensor | Module
         batch, layer = self._batch, int(module.layer_idx)  # type: ignore[arg-type]
         for cache, new in zip(batch.kv[layer], (k, v), strict=True):
             cache[:, :, self._position] = new[:, :, 0]

@@ -134,7 +134,7 @@ def _in_order(calls: Calls) -> Callable[[], None]:
 
 def _captured(calls: Calls) -> Callable[[], None]:
     run = _in_order(calls)
-    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch has no types for it
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         run()
@@ -151,6 +151,7 @@ def calls_per_round(call: Callable[[], object], *, round_us: float) -> int:
 
 
 def _event_us(run: Callable[[], object]) -> float:
+    # torch has no types for it
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     begin.record()
     run()

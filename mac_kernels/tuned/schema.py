@@ -268,6 +268,7 @@ def _record(cls: type[T], values: Any, source: str, where: str) -> T:
     """Build a dataclass from an object with exactly its fields (those with a default may be absent)."""
     if not isinstance(values, dict):
         raise _wrong(source, f"{where}: expected an object, got {type(values).__name__}")
+    # cls is one of ours, all dataclasses
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for name in values:
         if name not in fields and not (cls is PolicyFile and name == "mac"):

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-import torchvision_ops  # noqa: F401
+import torchvision_ops  # noqa: F401  # imported for what it registers
 
 pytest.importorskip("transformers")
 

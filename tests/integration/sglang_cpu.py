@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torchvision_ops  # noqa: F401
+import torchvision_ops  # noqa: F401  # imported for what it registers
 
 
 def _work_around() -> None:

@@ -13,7 +13,7 @@ import torch
 
 os.environ.setdefault("SGLANG_USE_CPU_ENGINE", "0")
 
-import torchvision_ops  # noqa: F401
+import torchvision_ops  # noqa: F401  # imported for what it registers
 from sglang.srt.mem_cache.allocator import PagedTokenToKVPoolAllocator, TokenToKVPoolAllocator
 from sglang.srt.mem_cache.base_prefix_cache import EvictParams, MatchPrefixParams
 from sglang.srt.mem_cache.cache_init_params import CacheInitParams

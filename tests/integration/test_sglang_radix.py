@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 pytestmark = pytest.mark.sglang
+# before the imports that need it, hence E402 below
 sglang_tree = pytest.importorskip("sglang_tree", exc_type=ImportError)
 
 from sglang_tree import CORES, NEW, WINDOW, Request, Server, random_workload  # noqa: E402

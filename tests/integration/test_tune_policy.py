@@ -136,7 +136,7 @@ def test_a_cache_takes_the_policy_of_its_model_without_a_flag(
 
 @pytest.mark.slow
 def test_the_command_records_once_resumes_and_refuses_what_is_no_gain(
-    folder: Path,  # noqa: F811
+    folder: Path,  # noqa: F811  # the fixture of that name
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -31,7 +31,7 @@ STEPS = {"triton": TRITON, "flashinfer": FLASHINFER}
 
 
 def wrapper(kv_layout: str, backend: str) -> BatchMacDecodeWithPagedKVCacheWrapper:
-    return BatchMacDecodeWithPagedKVCacheWrapper(kv_layout, backend=backend)  # type: ignore[arg-type]
+    return BatchMacDecodeWithPagedKVCacheWrapper(kv_layout, backend=backend)
 
 
 def main(device: str, backend: str) -> None:

@@ -31,7 +31,7 @@ MILLION = 1_050_000  # x 2 x 8 heads x 128 dims is more than 32 bits can count
 
 
 def wrapper(kv_layout: str = "NHD", backend: str = "triton") -> BatchMacDecodeWithPagedKVCacheWrapper:
-    return BatchMacDecodeWithPagedKVCacheWrapper(kv_layout, backend=backend)  # type: ignore[arg-type]
+    return BatchMacDecodeWithPagedKVCacheWrapper(kv_layout, backend=backend)
 
 
 def plan(

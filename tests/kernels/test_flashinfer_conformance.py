@@ -66,7 +66,7 @@ class Attended:
             max(lengths),
             layout,
             page_size=page_size,
-            kv_layout=kv_layout,  # type: ignore[arg-type]
+            kv_layout=kv_layout,
             dtype=dtype,
             device="cuda",
             generator=draw,
@@ -84,7 +84,7 @@ class Attended:
             layout,
             indices=self.kv.table.indices,
             page_size=page_size,
-            kv_layout=kv_layout,  # type: ignore[arg-type]
+            kv_layout=kv_layout,
             q_dtype=dtype,
             kv_dtype=dtype,
         )

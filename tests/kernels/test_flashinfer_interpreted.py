@@ -136,7 +136,7 @@ class TestTokenView:
             page_size=page_size,
             kv_layout=kv_layout,
             fused=fused,
-            generator=draw,  # type: ignore[arg-type]
+            generator=draw,
         )
         k, v = (torch.randn(23, 2, 8, generator=draw) for _ in range(2))
         store.write(1, 0, k, v)

@@ -113,7 +113,7 @@ def choice_of(layout: HeadLayout) -> list[int]:
 
 def assert_state(got: AttnState, want: AttnState, dtype: torch.dtype) -> None:
     for stage, fast, ref, kind in (("output", got.out, want.out, dtype), ("lse2", got.lse2, want.lse2, torch.float32)):
-        name: Stage = stage  # type: ignore[assignment]
+        name: Stage = stage
         assert_close(name, fast, ref.to(kind), ref.double(), dtype=kind)
 
 

@@ -31,7 +31,7 @@ FACTS = provenance(gpu=H100, study="s", trial=1, basis="measured", command="c")
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "NVIDIA_H100_80GB_HBM3" / "decode.csv"
 
 
-def noisy_clock(factor: Mapping[LaunchParams, Mapping[float, float]], noise: float):  # type: ignore[no-untyped-def]
+def noisy_clock(factor: Mapping[LaunchParams, Mapping[float, float]], noise: float):
     draw = random.Random(0)
 
     def time(launches: Mapping[str, LaunchParams], hit: float, *, repeats: int) -> dict[str, Timing]:
@@ -44,7 +44,7 @@ def noisy_clock(factor: Mapping[LaunchParams, Mapping[float, float]], noise: flo
     return time
 
 
-def rated(candidates: dict[int, LaunchParams], noise: float = 0.01):  # type: ignore[no-untyped-def]
+def rated(candidates: dict[int, LaunchParams], noise: float = 0.01):
     factor = {FAST: {1.0: 0.9, 0.0: 0.95}, UNEVEN: {1.0: 0.5, 0.0: 1.05}}
     return rate(noisy_clock(factor, noise), DEFAULT, candidates, (1.0, 0.0))
 
@@ -77,7 +77,7 @@ def confirmed(ratio: float, *, broken: tuple[str, ...] = (), spread: float = 0.0
     return Confirmed({"kl": estimate(0.001)}, estimate(ratio, spread), dict.fromkeys(broken, "kl 0.1 is above 0.0015"))
 
 
-def write_policy(found: dict[str, Confirmed]):  # type: ignore[no-untyped-def]
+def write_policy(found: dict[str, Confirmed]):
     configs = {name: MacConfig(window=100 + int(name)) for name in found}
     return policy_file(
         MODEL,

@@ -40,7 +40,7 @@ def row(**changes: object) -> Row:
     numbers = {"context": 10, "tokens": 5, "n": 5, "group_hit": 0.5, "head_hit": 0.75, "kv_read": 0.25}
     result = {"value": 0.001234567891, "ci_low": 0.001, "ci_high": 0.002}
     origin = {"commit": "abc", "date": "2026-01-01", "command": "mac-kernels eval kl --configs 'a, b'"}
-    return Row(**{**names, **numbers, **result, **origin, **changes})  # type: ignore[arg-type]
+    return Row(**{**names, **numbers, **result, **origin, **changes})
 
 
 class TestBootstrap:
@@ -104,7 +104,7 @@ class TestNeedle:
     def test_prompt_has_the_asked_length_and_holds_what_is_asked(
         self, tokenizer: PreTrainedTokenizerFast, task: str, mode: str
     ) -> None:
-        trial = make_trial(tokenizer, task, length=3000, mode=mode, seed=3)  # type: ignore[arg-type]
+        trial = make_trial(tokenizer, task, length=3000, mode=mode, seed=3)
         prompt = tokenizer.decode(trial.prompt)
         forced = tokenizer.decode([token for token in trial.forced if token >= 0])
         assert len(trial.prompt) == 3000
@@ -153,12 +153,12 @@ class TestNeedle:
 
 @pytest.mark.parametrize("name", ["docs", "code"])
 def test_passages_do_not_overlap_and_repeat(tokenizer: PreTrainedTokenizerFast, name: str) -> None:
-    found = passages(tokenizer, name, length=500, count=3)  # type: ignore[arg-type]
+    found = passages(tokenizer, name, length=500, count=3)
     assert found.shape == (3, 500)
     assert len({tuple(one.tolist()) for one in found}) == 3
-    assert torch.equal(found, passages(tokenizer, name, length=500, count=3))  # type: ignore[arg-type]
+    assert torch.equal(found, passages(tokenizer, name, length=500, count=3))
     with pytest.raises(InputError, match="ask for fewer or shorter"):
-        passages(tokenizer, name, length=10**7)  # type: ignore[arg-type]
+        passages(tokenizer, name, length=10**7)
 
 
 class TestRules:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-optuna = pytest.importorskip("optuna")
+optuna = pytest.importorskip("optuna")  # before the imports that need it, hence E402 below
 
 from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402

@@ -50,6 +50,7 @@ class Kit:
 
     def make_wrapper(self, kv_layout: str) -> Any:
         """The wrapper under test; override to pass what the backend needs."""
+        # a str out of a table of literals
         return BatchMacDecodeWithPagedKVCacheWrapper(kv_layout, backend=self.backend)  # type: ignore[arg-type]
 
     def fill_rings(self, *args: Any, **kwargs: Any) -> None:
@@ -60,7 +61,7 @@ class Kit:
         """Record ``run`` (static tensors only) and return what replays it."""
         if not self.capturable:
             return run
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch has no types for it
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             run()
