@@ -24,7 +24,7 @@ _NEVER = tl.constexpr(2147483647)
 
 @triton.jit
 def weight_bound_of(parts, lse):
-    """The weight that each reused state would get beside band and sinks, [SPLITS, G], if there were no rest, [G]."""
+    """The weight [G] that each reused state would get beside band and sinks [SPLITS, G] if there were no rest."""
     top = tl.maximum(tl.max(parts, 0), lse)
     top = tl.where(top == float("-inf"), 0.0, top)
     own = tl.exp2(lse - top)
@@ -59,171 +59,14 @@ def count_group(counters_ptr, bypass_ptr, reason, read, kv_len, BYPASS: tl.const
 
 
 @triton.jit
-def known_before(
-    request,
-    kv_head,
-    position,
-    q_group,
-    stride_qh,
-    slots_ptr,
-    generations_ptr,
-    slot_table_ptr,
-    ring_generation_ptr,
-    num_slots,
-    bypass_ptr,
-    cap_ptr,
-    influence_ptr,
-    cos_sin_ptr,
-    WINDOW: tl.constexpr,
-    GROUP: tl.constexpr,
-    BLOCK_G: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    ROTARY_DIM: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    BYPASS: tl.constexpr,
-):
-    """What a decision needs and the scan does not change: ``(ring or -1, rows to search, q_pre, cap, influence)``."""
-    ring, owned = ring_of(request, slots_ptr, generations_ptr, slot_table_ptr, ring_generation_ptr, num_slots)
-    head = tl.arange(0, BLOCK_G)
-    offs_d = tl.arange(0, BLOCK_D)
-    mask_h = head < GROUP
-    mask = mask_h[:, None] & (offs_d < HEAD_DIM)[None, :]
-    other, cos, sin = rotation_at(cos_sin_ptr, position, offs_d, ROTARY_DIM, INTERLEAVED)
-    q_pre = load_unrotated(
-        q_group, stride_qh, head[:, None], offs_d[None, :], mask, other[None, :], cos[None, :], sin[None, :]
-    )
-    cap = tl.load(cap_ptr + kv_head * GROUP + head, mask=mask_h, other=0.0)
-    influence = tl.load(influence_ptr + kv_head * GROUP + head, mask=mask_h, other=0.0)
-    return tl.where(owned, ring, -1), rows_to_search(bypass_ptr, WINDOW, BYPASS), q_pre, cap, influence
-
-
-@triton.jit
-def decide_group(
-    group,
-    kv_head,
-    position,
-    ring,  # as of known_before(), this and the next four
-    num_rows,
-    q_pre,
-    cap,
-    influence,
-    key,  # of each ring row, [BLOCK_W]
-    ring_q_ptr,
-    ring_key_ptr,
-    ring_lse_ptr,
-    ring_anchor_ptr,
-    counters_ptr,
-    always_lse_ptr,  # first part of the group
-    decision_int_ptr,
-    decision_float_ptr,
-    group_ptr,
-    bypass_ptr,
-    logit_scale,
-    max_age,
-    min_context,
-    BAND: tl.constexpr,
-    SINKS: tl.constexpr,
-    WINDOW: tl.constexpr,
-    BLOCK_W: tl.constexpr,
-    NUM_QO_HEADS: tl.constexpr,
-    NUM_KV_HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    BLOCK_G: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    NOMINEES: tl.constexpr,
-    BLOCK_NOMINEES: tl.constexpr,
-    NOMINEES_AT_ONCE: tl.constexpr,
-    SPLITS: tl.constexpr,
-    BLOCK_SPLITS: tl.constexpr,
-    ALWAYS_SPLIT: tl.constexpr,
-    GROUP_SCOPE: tl.constexpr,
-    CORRECTION: tl.constexpr,
-    BYPASS: tl.constexpr,
-    WAITS: tl.constexpr,
-):
-    """Decide one group and note it.
-
-    ``WAITS``: the previous launch
-    attends to sinks and band; only what it gives is waited for.
-    """
-    kv_len = position + 1
-    stop = tl.maximum(kv_len - BAND, SINKS)
-    head = tl.arange(0, BLOCK_G)
-    mask_h = head < GROUP
-    ring_row = tl.maximum(ring, 0).to(tl.int64) * WINDOW
-
-    split = tl.arange(0, BLOCK_SPLITS)[:, None]
-    always = always_lse_ptr + split * (ALWAYS_SPLIT * GROUP) + head[None, :]
-    known = (split < SPLITS) & mask_h[None, :]
-    if WAITS == 0:
-        always_lse = tl.load(always, mask=known, other=float("-inf"))
-    lse = tl.full([BLOCK_G], float("-inf"), tl.float32)
-    distance = tl.full([BLOCK_G], float("inf"), tl.float32)
-    pos = tl.full([BLOCK_G], -1, tl.int32)
-    anchor = tl.full([BLOCK_G], -1, tl.int32)
-    if (ring >= 0) & (position >= 0) & (num_rows > 0):
-        nominated = nominate(key, position, BLOCK_W, NOMINEES, BLOCK_NOMINEES)
-        best = nearest_of(
-            nominated, q_pre, ring_q_ptr, ring_row, kv_head,
-            WINDOW, NUM_QO_HEADS, GROUP, BLOCK_G, HEAD_DIM, BLOCK_D, BLOCK_NOMINEES, NOMINEES_AT_ONCE, GROUP_SCOPE,
-        )  # fmt: skip
-        found = mask_h & (best < tl.full([BLOCK_G], INFINITE_KEY, tl.int64))
-        pos = tl.where(found, key_pos(best), -1)
-        row = ring_row + tl.where(found, pos % WINDOW, 0)
-        at = row * NUM_QO_HEADS + kv_head * GROUP + head
-        element = at[:, None] * HEAD_DIM + tl.arange(0, BLOCK_D)[None, :]
-        mask = found[:, None] & (tl.arange(0, BLOCK_D) < HEAD_DIM)[None, :]
-        stored = tl.load(ring_q_ptr + element, mask=mask, other=0.0)
-        lse = tl.load(ring_lse_ptr + at, mask=found, other=float("-inf"))
-        anchor = tl.load(ring_anchor_ptr + row * NUM_KV_HEADS + kv_head, mask=found, other=-1)
-        gap = tl.where(found[:, None], q_pre - stored.to(tl.float32), 0.0)
-        if CORRECTION:
-            mean_key = tl.load(ring_key_ptr + element, mask=mask, other=0.0)
-            step = tl.sum(gap * mean_key.to(tl.float32), 1) * logit_scale
-            lse += tl.minimum(tl.maximum(step, -1024.0), 1024.0)
-        distance = tl.where(found, tl.sqrt(tl.sum(gap * gap, 1)), float("inf"))
-
-    if WAITS:
-        gdc_wait()
-        gdc_launch_dependents()
-        always_lse = tl.load(always, mask=known, other=float("-inf"))
-    weight_bound = weight_bound_of(always_lse, lse)
-    reason = reason_of(
-        pos, distance, weight_bound, position - anchor, position, ring, num_rows == 0, cap, influence, max_age,
-        min_context,
-    )  # fmt: skip
-    head_hit = tl.sum(tl.where(mask_h & (reason == _HIT), 1 << head, 0), 0)
-    worst = tl.min(tl.where(mask_h & (reason != _HIT), reason, _NUM_REASONS), 0)
-    reuse = worst == _NUM_REASONS
-    group_reason = tl.where(reuse, _HIT, worst)
-
-    matched_end = tl.maximum(pos + 1 - BAND, SINKS)
-    start = tl.where(reuse, matched_end, SINKS)
-    low = tl.minimum(tl.min(tl.where(mask_h, start, _NEVER), 0), stop)
-    new_anchor = tl.where(reuse, tl.min(tl.where(mask_h, anchor, _NEVER), 0), position)
-
-    ints = decision_int_ptr + group * (3 * GROUP)
-    tl.store(ints + head, start, mask=mask_h)
-    tl.store(ints + GROUP + head, tl.where(pos >= 0, pos % WINDOW, 0), mask=mask_h)
-    tl.store(ints + 2 * GROUP + head, pos, mask=mask_h)
-    floats = decision_float_ptr + group * (3 * GROUP)
-    tl.store(floats + head, lse, mask=mask_h)
-    tl.store(floats + GROUP + head, distance, mask=mask_h)
-    tl.store(floats + 2 * GROUP + head, weight_bound, mask=mask_h)
-    info = group_ptr + group * 8
-    tl.store(info, low)
-    tl.store(info + 1, tl.minimum(stop, kv_len))
-    tl.store(info + 2, position)
-    tl.store(info + 3, tl.where(kv_len > 0, ring, -1))
-    tl.store(info + 4, reuse.to(tl.int32))
-    tl.store(info + 5, new_anchor)
-    tl.store(info + 6, group_reason)
-    tl.store(info + 7, head_hit)
-
-    read = tl.minimum(tl.maximum(stop - low, 0) + tl.maximum(kv_len - stop, 0) + SINKS, kv_len)
-    count_group(counters_ptr, bypass_ptr, group_reason, read, kv_len, BYPASS)
+def note_heads(ints, floats, mask, start, pos, lse, distance, weight_bound, WINDOW: tl.constexpr, GROUP: tl.constexpr):
+    """What the next launches and the trace read of every head: where its rest begins, its row, and why."""
+    tl.store(ints, start, mask=mask)
+    tl.store(ints + GROUP, tl.where(pos >= 0, pos % WINDOW, 0), mask=mask)
+    tl.store(ints + 2 * GROUP, pos, mask=mask)
+    tl.store(floats, lse, mask=mask)
+    tl.store(floats + GROUP, distance, mask=mask)
+    tl.store(floats + 2 * GROUP, weight_bound, mask=mask)
 
 
 @triton.jit
@@ -282,31 +125,103 @@ def decide_kernel(
     BYPASS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """:func:`decide_group` alone. Grid: ``(B * Hkv,)``.
+    """Exact distances of the nominated rows, acceptance, and where the rest of a group begins. Grid: ``(B * Hkv,)``.
 
-    ``SCAN_IS_OLDER``: the previous launch, which attends to sinks and band, has waited for the scan, so that the search
-    overlaps with it; otherwise the previous launch does both.
+    What precedes ``gdc_wait`` was written before the previous launch passed its own wait, so it may overlap with it.
+    With ``SCAN_IS_OLDER`` that holds for the scan, too: the previous launch only attends to sinks and band.
     """
+    wait_late: tl.constexpr = PDL and SCAN_IS_OLDER
     group = tl.program_id(0)
     request = group // NUM_KV_HEADS
     kv_head = group % NUM_KV_HEADS
     position, _ = position_of(request, begin_ptr, length_ptr, PAGE_SIZE, ROW_STRIDE)
     q_group = q_ptr + request.to(tl.int64) * stride_qb + kv_head * GROUP * stride_qh
-    ring, num_rows, q_pre, cap, influence = known_before(
-        request, kv_head, position, q_group, stride_qh, slots_ptr, generations_ptr, slot_table_ptr,
-        ring_generation_ptr, num_slots, bypass_ptr, cap_ptr, influence_ptr, cos_sin_ptr,
-        WINDOW, GROUP, BLOCK_G, HEAD_DIM, BLOCK_D, ROTARY_DIM, INTERLEAVED, BYPASS,
-    )  # fmt: skip
-    if PDL and not SCAN_IS_OLDER:
+    ring, owned = ring_of(request, slots_ptr, generations_ptr, slot_table_ptr, ring_generation_ptr, num_slots)
+    ring = tl.where(owned, ring, -1)
+    num_rows = rows_to_search(bypass_ptr, WINDOW, BYPASS)
+    head = tl.arange(0, BLOCK_G)
+    offs_d = tl.arange(0, BLOCK_D)
+    mask_h = head < GROUP
+    mask_q = mask_h[:, None] & (offs_d < HEAD_DIM)[None, :]
+    other, cos, sin = rotation_at(cos_sin_ptr, position, offs_d, ROTARY_DIM, INTERLEAVED)
+    q_pre = load_unrotated(
+        q_group, stride_qh, head[:, None], offs_d[None, :], mask_q, other[None, :], cos[None, :], sin[None, :]
+    )
+    cap = tl.load(cap_ptr + kv_head * GROUP + head, mask=mask_h, other=0.0)
+    influence = tl.load(influence_ptr + kv_head * GROUP + head, mask=mask_h, other=0.0)
+    if PDL and not wait_late:
         gdc_wait()
         gdc_launch_dependents()
     ring_rows = tl.arange(0, BLOCK_W)
     key = tl.load(scan_ptr + group * WINDOW + ring_rows, mask=ring_rows < WINDOW, other=_NEVER)
-    decide_group(
-        group, kv_head, position, ring, num_rows, q_pre, cap, influence, key, ring_q_ptr, ring_key_ptr,
-        ring_lse_ptr, ring_anchor_ptr, counters_ptr, always_lse_ptr + group.to(tl.int64) * (ALWAYS_GROUP * GROUP),
-        decision_int_ptr, decision_float_ptr, group_ptr, bypass_ptr, logit_scale, max_age, min_context,
-        BAND, SINKS, WINDOW, BLOCK_W, NUM_QO_HEADS, NUM_KV_HEADS, GROUP, BLOCK_G, HEAD_DIM, BLOCK_D, NOMINEES,
-        BLOCK_NOMINEES, NOMINEES_AT_ONCE, SPLITS, BLOCK_SPLITS, ALWAYS_SPLIT, GROUP_SCOPE, CORRECTION, BYPASS,
-        PDL and SCAN_IS_OLDER,
+    kv_len = position + 1
+    stop = tl.maximum(kv_len - BAND, SINKS)
+    ring_row = tl.maximum(ring, 0).to(tl.int64) * WINDOW
+
+    split = tl.arange(0, BLOCK_SPLITS)[:, None]
+    always = always_lse_ptr + group.to(tl.int64) * (ALWAYS_GROUP * GROUP)
+    always += split * (ALWAYS_SPLIT * GROUP) + head[None, :]
+    known = (split < SPLITS) & mask_h[None, :]
+    if not wait_late:
+        always_lse = tl.load(always, mask=known, other=float("-inf"))
+    lse = tl.full([BLOCK_G], float("-inf"), tl.float32)
+    distance = tl.full([BLOCK_G], float("inf"), tl.float32)
+    pos = tl.full([BLOCK_G], -1, tl.int32)
+    anchor = tl.full([BLOCK_G], -1, tl.int32)
+    if (ring >= 0) & (position >= 0) & (num_rows > 0):
+        nominated = nominate(key, position, BLOCK_W, NOMINEES, BLOCK_NOMINEES)
+        best = nearest_of(
+            nominated, q_pre, ring_q_ptr, ring_row, kv_head,
+            WINDOW, NUM_QO_HEADS, GROUP, BLOCK_G, HEAD_DIM, BLOCK_D, BLOCK_NOMINEES, NOMINEES_AT_ONCE, GROUP_SCOPE,
+        )  # fmt: skip
+        found = mask_h & (best < tl.full([BLOCK_G], INFINITE_KEY, tl.int64))
+        pos = tl.where(found, key_pos(best), -1)
+        row = ring_row + tl.where(found, pos % WINDOW, 0)
+        at = row * NUM_QO_HEADS + kv_head * GROUP + head
+        element = at[:, None] * HEAD_DIM + offs_d[None, :]
+        mask = found[:, None] & (offs_d < HEAD_DIM)[None, :]
+        stored = tl.load(ring_q_ptr + element, mask=mask, other=0.0)
+        lse = tl.load(ring_lse_ptr + at, mask=found, other=float("-inf"))
+        anchor = tl.load(ring_anchor_ptr + row * NUM_KV_HEADS + kv_head, mask=found, other=-1)
+        gap = tl.where(found[:, None], q_pre - stored.to(tl.float32), 0.0)
+        if CORRECTION:
+            mean_key = tl.load(ring_key_ptr + element, mask=mask, other=0.0)
+            step = tl.sum(gap * mean_key.to(tl.float32), 1) * logit_scale
+            lse += tl.minimum(tl.maximum(step, -1024.0), 1024.0)
+        distance = tl.where(found, tl.sqrt(tl.sum(gap * gap, 1)), float("inf"))
+
+    if wait_late:
+        gdc_wait()
+        gdc_launch_dependents()
+        always_lse = tl.load(always, mask=known, other=float("-inf"))
+    weight_bound = weight_bound_of(always_lse, lse)
+    reason = reason_of(
+        pos, distance, weight_bound, position - anchor, position, ring, num_rows == 0, cap, influence, max_age,
+        min_context,
     )  # fmt: skip
+    head_hit = tl.sum(tl.where(mask_h & (reason == _HIT), 1 << head, 0), 0)
+    worst = tl.min(tl.where(mask_h & (reason != _HIT), reason, _NUM_REASONS), 0)
+    reuse = worst == _NUM_REASONS
+    group_reason = tl.where(reuse, _HIT, worst)
+
+    start = tl.where(reuse, tl.maximum(pos + 1 - BAND, SINKS), SINKS)
+    low = tl.minimum(tl.min(tl.where(mask_h, start, _NEVER), 0), stop)
+    new_anchor = tl.where(reuse, tl.min(tl.where(mask_h, anchor, _NEVER), 0), position)
+
+    heads = group * (3 * GROUP) + head
+    note_heads(
+        decision_int_ptr + heads, decision_float_ptr + heads, mask_h, start, pos, lse, distance, weight_bound,
+        WINDOW, GROUP,
+    )  # fmt: skip
+    info = group_ptr + group * 8
+    tl.store(info, low)
+    tl.store(info + 1, tl.minimum(stop, kv_len))
+    tl.store(info + 2, position)
+    tl.store(info + 3, tl.where(kv_len > 0, ring, -1))
+    tl.store(info + 4, reuse.to(tl.int32))
+    tl.store(info + 5, new_anchor)
+    tl.store(info + 6, group_reason)
+    tl.store(info + 7, head_hit)
+
+    read = tl.minimum(tl.maximum(stop - low, 0) + tl.maximum(kv_len - stop, 0) + SINKS, kv_len)
+    count_group(counters_ptr, bypass_ptr, group_reason, read, kv_len, BYPASS)
