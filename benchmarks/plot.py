@@ -13,7 +13,7 @@ from mac_transformers.outdir import OutputFolder
 
 from . import results
 
-_DRAWN = {("triton", "careful"), ("fa2", "full")}
+_DRAWN = {("triton", "careful"), ("fa2", results.beside("triton", "careful"))}
 _COLOURS = ("#777777", "#3b7dd8", "#d8573b")
 
 

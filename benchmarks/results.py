@@ -80,6 +80,11 @@ def read(path: Path) -> list[Row]:
         return list(reader)
 
 
+def beside(backend: str, config: str) -> str:
+    """``config`` of the full attention that was timed in turn with a row of MAC: ratios are taken within one run."""
+    return f"full, beside {backend} {config}"
+
+
 def upsert(path: Path, rows: Iterable[Row]) -> None:
     """Replace the rows of equal key, add the others, sort, and swap the file in whole."""
     table = {tuple(row[name] for name in KEY): row for row in (*read(path), *rows)}

@@ -6,22 +6,32 @@ import argparse
 import itertools
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from mac_kernels import MacConfig
 from mac_kernels.testing.scenario import random_store
+from mac_kernels.testing.timing import Timing
 
-from . import fill, results, tca
+from . import fill, mac_tca, results, tca
 from .decode import BYPASSED, Measured, WrongResultError, run_case
 from .registry import DECODE, DecodeCase
 
+_SUITES: dict[str, Sequence[DecodeCase | fill.FillCase | tca.TcaCase | mac_tca.MissCase]] = {
+    "decode": DECODE,
+    "fill": fill.FILL,
+    "tca": (*tca.TCA, *mac_tca.MISSES),
+}
+_BASELINE = "flashinfer-tc"
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the chosen cases; 0 if all results were right, 1 if one was wrong, 2 without a GPU."""
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The arguments, and as ``cases`` what they choose; exits with 2 if they are wrong or choose nothing."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("suite", choices=["decode", "fill", "tca"])
+    parser.add_argument("suite", choices=list(_SUITES))
     parser.add_argument("--only", default="", help="run the cases in whose name this pattern is found, e.g. G8-B64")
     parser.add_argument("--preset", default="careful")
     parser.add_argument("--no-correction", action="store_true", help="the preset without its correction")
@@ -29,6 +39,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/<gpu>/<suite>.csv")
     args = parser.parse_args(argv)
+    args.cases = [case for case in _SUITES[args.suite] if re.search(args.only, str(case))]
+    if not args.cases:
+        parser.error(f"--only {args.only!r} matches no case of {args.suite}; one is {_SUITES[args.suite][0]}")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the chosen cases; 0 if all results were right, 1 if one was wrong, 2 without a GPU."""
+    args = parse(argv)
     if not torch.cuda.is_available():
         print("no CUDA device: timings are only taken on a GPU", file=sys.stderr)
         return 2
@@ -43,14 +62,14 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{facts['gpu']}, driver {facts['driver']}, torch {facts['torch']}, triton {facts['triton']}, "
           f"flashinfer {facts['flashinfer']}; us per call, p50")  # fmt: skip
     if args.suite == "fill":
-        return fill.run(
-            [case for case in fill.FILL if re.search(args.only, str(case))], config, path, facts, args.repeats
-        )
+        return fill.run(args.cases, config, path, facts, args.repeats)
     if args.suite == "tca":
-        return tca.run([case for case in tca.TCA if re.search(args.only, str(case))], path, facts, args.repeats)
+        misses = [case for case in args.cases if isinstance(case, mac_tca.MissCase)]
+        alone = [case for case in args.cases if isinstance(case, tca.TcaCase)]
+        wrong = tca.run(alone, path, facts, args.repeats)
+        return mac_tca.run(misses, path, facts, args.repeats) or wrong
     wrong = 0
-    cases = [case for case in DECODE if re.search(args.only, str(case))]
-    for (layout, batch, context), group in itertools.groupby(cases, lambda c: (c.layout, c.batch, c.context)):
+    for (layout, batch, context), group in itertools.groupby(args.cases, lambda c: (c.layout, c.batch, c.context)):
         store = random_store([context] * batch, layout, page_size=16, dtype=torch.bfloat16, device="cuda")
         for case in group:
             try:
@@ -69,10 +88,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _show(case: DecodeCase, measured: Measured) -> None:
-    full = measured.latency["flashinfer-tc"].p50_us
-    figures = f"flashinfer-tc {full:8.1f}"
+    full = measured.latency[_BASELINE].p50_us
+    figures = f"{_BASELINE} {full:8.1f}"
     for name, timing in measured.latency.items():
-        if name != "flashinfer-tc":
+        if name != _BASELINE:
             figures += f"  mac-{name} {timing.p50_us:8.1f}  speedup {full / timing.p50_us:6.2f}"
     print(f"{case!s:48} hit {measured.hit_rate:.3f}  {figures}", flush=True)
 
@@ -96,22 +115,33 @@ def _rows(case: DecodeCase, measured: Measured, config: MacConfig, name: str, fa
         "tp": 1,
         **facts,
     }
+    baseline = measured.latency[_BASELINE]
     rows = []
-    for backend, timing in measured.latency.items():
-        full = backend == "flashinfer-tc"
-        searching = backend.removesuffix(BYPASSED)
-        who = {"provider": backend if full else "mac", "backend": "fa2" if full else searching, "n": timing.n}
-        who["config"] = "full" if full else name + backend.removeprefix(searching)
-        kv_bytes = measured.full_bytes if full else measured.mac_bytes
-        quantiles = (timing.p20_us, timing.p50_us, timing.p80_us)
-        rows.append({**common, **who, "metric": "latency", "unit": "us", **_three(quantiles)})
-        # bandwidth counts keys and values alone, so ring traffic does not flatter
-        speeds = [kv_bytes / us / 1e6 for us in reversed(quantiles)]
-        rows.append({**common, **who, "metric": "bandwidth", "unit": "TB/s", **_three(speeds)})
+    for provider, timing in measured.latency.items():
+        if provider == _BASELINE:
+            continue
+        backend = provider.removesuffix(BYPASSED)
+        label = name + provider.removeprefix(backend)
+        ours = {"provider": "mac", "backend": backend, "config": label}
+        # a later run with another backend has a baseline of its own: ratios are those of one run
+        beside = {"provider": _BASELINE, "backend": "fa2", "config": results.beside(backend, label)}
+        rows += _metrics({**common, **ours}, timing, measured.mac_bytes)
+        rows += _metrics({**common, **beside}, baseline, measured.full_bytes)
+    return rows
+
+
+def _metrics(who: dict[str, Any], timing: Timing, kv_bytes: int) -> list[results.Row]:
+    """Latency, and bandwidth, which counts keys and values alone, so that ring traffic does not flatter."""
+    quantiles = (timing.p20_us, timing.p50_us, timing.p80_us)
+    speeds = [kv_bytes / us / 1e6 for us in reversed(quantiles)]
+    rows = [
+        {**who, "n": timing.n, "metric": metric, "unit": unit, **_three(values)}
+        for metric, unit, values in (("latency", "us", quantiles), ("bandwidth", "TB/s", speeds))
+    ]
     return [{name: str(value) for name, value in row.items()} for row in rows]
 
 
-def _three(values: tuple[float, float, float] | list[float]) -> dict[str, str]:
+def _three(values: Sequence[float]) -> dict[str, str]:
     return dict(zip(("p20", "p50", "p80"), (f"{value:.4g}" for value in values), strict=True))
 
 

@@ -216,7 +216,7 @@ def _rows(case: TcaCase, kept: float, timed: dict[str, Timing], facts: results.R
         "unit": "us",
         **facts,
     }
-    rows = []
+    rows, choice = [], f"kept {kept:.3f}"
     for name, timing in timed.items():
         dense = name == "flashinfer"
         row = {
@@ -224,7 +224,7 @@ def _rows(case: TcaCase, kept: float, timed: dict[str, Timing], facts: results.R
             "case": ("decode" if case.step else "prefill") if dense else name,
             "provider": ("flashinfer-tc" if case.step else "flashinfer") if dense else "tca",
             "backend": ("fa2" if case.step else "fa3") if dense else "triton",
-            "config": "full" if dense else f"kept {kept:.3f}",
+            "config": results.beside("triton", choice) if dense else choice,
             "n": timing.n,
             **{f"p{part}": f"{getattr(timing, f'p{part}_us'):.5g}" for part in (20, 50, 80)},
         }

@@ -1,23 +1,32 @@
 """Time a suite only if the backend is right: ``python -m benchmarks.verify decode``.
 
-Runs the backend's conformance tests on this GPU first; if one fails, nothing is timed and no speedup is printed.
+Runs the conformance tests of the chosen backends on this GPU first; if one fails, nothing is timed and no speedup is
+printed. Takes the arguments of :mod:`benchmarks.run`.
 """
 
 from __future__ import annotations
 
+import argparse
 import subprocess
 import sys
 
 from .run import main as run
+from .run import parse
 
 
-def main() -> int:
+def kits(args: argparse.Namespace) -> list[str]:
+    """The test files that judge what is going to be timed."""
+    names = args.backends.split(",") if args.suite == "decode" else ["tca" if args.suite == "tca" else "triton"]
+    return [f"tests/kernels/test_{name}{'' if name == 'tca' else '_conformance'}.py" for name in names]
+
+
+def main(argv: list[str] | None = None) -> int:
     """0 if the tests pass and every timed result is right."""
-    tests = subprocess.run([sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests/kernels"], check=False)
-    if tests.returncode:
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-n", "auto", *kits(parse(argv))]
+    if subprocess.run(command, check=False).returncode:
         print("the conformance tests are red: nothing is timed", file=sys.stderr)
         return 1
-    return run()
+    return run(argv)
 
 
 if __name__ == "__main__":

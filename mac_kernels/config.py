@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .errors import ConfigError
+from .tca.config import TcaConfig
 
 SCHEMA_VERSION = 1
-CONFIG_KEYS = ("schema", "preset", "mac", "serving")  # the last one is read by servers alone
+CONFIG_KEYS = ("schema", "preset", "mac", "tca", "serving")  # the last one is read by servers alone
 MatchScope = Literal["head", "group"]
 HeadTable = tuple[tuple[float, ...], ...]
 """Numbers by layer, then by query head (or one for all heads of the layer)."""
@@ -60,6 +61,10 @@ class MacConfig:
     influence_scale : table of float, ``> 0``, optional
         By layer and query head, factors of what ``influence`` bounds: how much an error of this head does to the
         model's residual stream, relative to other heads. Calibrated for a model; ``None`` is 1 everywhere.
+    tca : TcaConfig or None, default None
+        What a missed kv group reads of the context before the rings' reach: the tokens that TCA selected, instead of
+        all (:mod:`mac_kernels.tca.index`). Drops information. Needs its mode ``"index"``, a ``refresh``, the same
+        ``sinks``, a ``local_window >= band + window``, a ``max_age`` and ``recompute_loaded_groups``.
 
     Raises
     ------
@@ -86,8 +91,11 @@ class MacConfig:
     break_even: float | None = 0.02
     thresholds: HeadTable | None = None
     influence_scale: HeadTable | None = None
+    tca: TcaConfig | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.tca, Mapping):
+            object.__setattr__(self, "tca", TcaConfig.from_dict(self.tca, source="tca"))
         for name in ("thresholds", "influence_scale"):
             table = getattr(self, name)
             if isinstance(table, list | tuple) and all(isinstance(row, list | tuple) for row in table):
@@ -271,6 +279,7 @@ def _type_problems(c: MacConfig) -> list[str]:
             for name in ("correction", "recompute_loaded_groups")
         ),
         ("match_scope", c.match_scope in ("head", "group"), "'head' or 'group'"),
+        ("tca", c.tca is None or isinstance(c.tca, TcaConfig), "null or an object of TcaConfig fields"),
         *(
             (name, _is_table(getattr(c, name)), "null or, for every layer, a list of numbers, one per query head")
             for name in ("thresholds", "influence_scale")
@@ -295,7 +304,22 @@ def _range_problems(c: MacConfig) -> list[str]:
         ("thresholds", all(map(math.isfinite, _flat(c.thresholds))), "finite numbers"),
         ("influence_scale", all(math.isfinite(x) and x > 0 for x in _flat(c.influence_scale)), "finite numbers > 0"),
     ]
-    return [f"{name}={_short(getattr(c, name))} must be {allowed}" for name, good, allowed in checks if not good]
+    wrong = [f"{name}={_short(getattr(c, name))} must be {allowed}" for name, good, allowed in checks if not good]
+    return wrong if c.tca is None else [*wrong, *_tca_problems(c, c.tca)]
+
+
+def _tca_problems(c: MacConfig, tca: TcaConfig) -> list[str]:
+    """What would make a state over selected tokens overlap with what is added to it, go stale, or live for ever."""
+    reach = c.band + c.window
+    checks = [
+        ("tca.mode", tca.mode, tca.mode == "index", "'index': a later miss may need what was not selected"),
+        ("tca.refresh", tca.refresh, tca.refresh is not None, "set, e.g. 128 steps: a miss meets an old selection"),
+        ("tca.sinks", tca.sinks, tca.sinks == c.sinks, f"sinks = {c.sinks}: MAC attends them apart"),
+        ("tca.local_window", tca.local_window, tca.local_window >= reach, f">= band + window = {reach} tokens"),
+        ("max_age", c.max_age, c.max_age is not None, "set with tca: what a selection missed is inherited so long"),
+        ("recompute_loaded_groups", c.recompute_loaded_groups, c.recompute_loaded_groups, "true with tca"),
+    ]
+    return [f"{name}={value!r} must be {allowed}" for name, value, good, allowed in checks if not good]
 
 
 PRESETS: dict[str, MacConfig] = {

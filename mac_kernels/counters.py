@@ -8,7 +8,8 @@ import torch
 
 from .types import Reason, StepTrace
 
-_READ, _TOTAL, NUM_COUNTERS = len(Reason), len(Reason) + 1, len(Reason) + 2
+READ, _TOTAL, NUM_COUNTERS = len(Reason), len(Reason) + 1, len(Reason) + 2
+"""Places of the tokens read, of all tokens, and how many places there are; the reasons come first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,14 +41,18 @@ class DecodeCounters:
         """Add one step of one layer."""
         counts = torch.bincount(trace.reason.flatten(), minlength=len(Reason))
         self.values[layer, : len(Reason)] += counts
-        self.values[layer, _READ] += trace.kv_read.sum()
+        self.values[layer, READ] += trace.kv_read.sum()
         self.values[layer, _TOTAL] += (trace.kv_len[:, None].expand_as(trace.kv_read)).sum()
+
+    def add_scan(self, layer: int, kv_len: torch.Tensor, num_kv_heads: int) -> None:
+        """Add a reading of all keys of requests of ``kv_len`` [B] tokens: half a token each."""
+        self.values[layer, READ] += kv_len.sum() * num_kv_heads // 2
 
     def drain(self) -> CounterValues:
         """Return the counts and set them to zero (a host sync on a GPU: call it between steps, not in a graph)."""
         table = self.values.to("cpu", copy=True)
         self.values.zero_()
-        read, total = table[:, _READ], table[:, _TOTAL]
+        read, total = table[:, READ], table[:, _TOTAL]
         return CounterValues(
             groups={reason.name: table[:, reason].tolist() for reason in Reason},
             kv_tokens_read=read.tolist(),

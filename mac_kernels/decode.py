@@ -34,7 +34,7 @@ class BatchMacDecodeWithPagedKVCacheWrapper:
     kv_layout : {"NHD", "HND"}, default "NHD"
         ``[num_pages, page_size, Hkv, D]`` or ``[num_pages, Hkv, page_size, D]``.
     backend : {"auto", "triton", "flashinfer", "reference"}, default "auto"
-        ``"triton"``: two fused launches on an NVIDIA GPU, capturable in a CUDA graph. ``"flashinfer"``: FlashInfer
+        ``"triton"``: a few fused launches on an NVIDIA GPU, capturable in a CUDA graph. ``"flashinfer"``: FlashInfer
         attends, capturable after the first ``run()`` (which compiles). ``"reference"``: plain torch on any device, the
         specification.
 
@@ -90,6 +90,7 @@ class BatchMacDecodeWithPagedKVCacheWrapper:
         sm_scale: float | None = None,
         logits_soft_cap: float = 0.0,
         max_kv_len: int | None = None,
+        q_data_type: torch.dtype | None = None,
         kv_data_type: torch.dtype = torch.bfloat16,
         launch: LaunchParams | None = None,
     ) -> None:
@@ -114,10 +115,14 @@ class BatchMacDecodeWithPagedKVCacheWrapper:
         max_kv_len : int, optional, tokens
             Upper bound of the context when the page table changes between runs (CUDA graphs). Default: the longest
             request of this plan.
+        q_data_type : torch.dtype, optional
+            Of the queries that ``run()`` will see; with ``kv_data_type``, a backend may be ruled out by it. Default:
+            that of the cache, bf16 beside an fp8 cache.
         kv_data_type : torch.dtype, default torch.bfloat16
-            Of the cache that ``run()`` will see; only the choice of launch parameters depends on it.
+            Of the cache that ``run()`` will see; the tuned launch parameters depend on it, too.
         launch : LaunchParams, optional
-            Launch parameters of the ``"triton"`` backend. Default: the tuned ones for this GPU and layout, if any.
+            Launch parameters of the ``"triton"`` backend, refused where another one is chosen. Default: the tuned ones
+            for this GPU and layout, if any.
 
         Raises
         ------
@@ -140,6 +145,7 @@ class BatchMacDecodeWithPagedKVCacheWrapper:
             sm_scale=sm_scale,
             logits_soft_cap=logits_soft_cap,
             max_kv_len=longest if max_kv_len is None else max_kv_len,
+            q_data_type=q_data_type,
             kv_data_type=kv_data_type,
             launch=launch,
         )
@@ -156,6 +162,7 @@ class BatchMacDecodeWithPagedKVCacheWrapper:
         config: MacConfig | None = None,
         sm_scale: float | None = None,
         logits_soft_cap: float = 0.0,
+        q_data_type: torch.dtype | None = None,
         kv_data_type: torch.dtype = torch.bfloat16,
         launch: LaunchParams | None = None,
     ) -> None:
@@ -172,7 +179,7 @@ class BatchMacDecodeWithPagedKVCacheWrapper:
             (its output is 0) or 1.
         max_kv_len : int, tokens
             Upper bound of the context over all runs, at most ``max_context``.
-        layout, rope, config, sm_scale, logits_soft_cap, kv_data_type, launch
+        layout, rope, config, sm_scale, logits_soft_cap, q_data_type, kv_data_type, launch
             As for :meth:`plan`.
 
         Raises
@@ -196,6 +203,7 @@ class BatchMacDecodeWithPagedKVCacheWrapper:
             sm_scale=sm_scale,
             logits_soft_cap=logits_soft_cap,
             max_kv_len=max_kv_len,
+            q_data_type=q_data_type,
             kv_data_type=kv_data_type,
             launch=launch,
         )

@@ -53,6 +53,42 @@ def ring_of(request, slots_ptr, generations_ptr, slot_table_ptr, ring_generation
 
 
 @triton.jit
+def selection_of(
+    group,
+    known,
+    group_ptr,
+    count_ptr,
+    far_end_ptr,
+    selected_ptr,
+    dropped_ptr,
+    refresh,
+    limit,
+    NUM_KV_HEADS: tl.constexpr,
+    SINKS: tl.constexpr,
+):
+    """What a missed group reads of its rest, by the rule of :meth:`mac_kernels.tca.MissIndex.usable`.
+
+    Returned are ``(selected, listed, window, place)``: the position of the query that selected (-1: the group reads
+    everything), the number of listed tokens, where the dense part begins, and the group's place in the index.
+    """
+    position = tl.load(group_ptr + group * 8 + 2, mask=known, other=0)
+    ring = tl.load(group_ptr + group * 8 + 3, mask=known, other=-1)
+    reason = tl.load(group_ptr + group * 8 + 6, mask=known, other=0)
+    place = tl.maximum(ring, 0) * NUM_KV_HEADS + group % NUM_KV_HEADS
+    missed = (ring >= 0) & (reason > 2)  # neither a hit nor without a ring nor a short context
+    selected = tl.load(selected_ptr + place, mask=missed, other=-1)
+    count = tl.load(count_ptr + place, mask=missed, other=0)
+    dropped = tl.load(dropped_ptr + place, mask=missed, other=0.0)
+    young = (selected >= 0) & (selected <= position) & (position - selected <= refresh)
+    usable = young & (count > 0) & (dropped <= limit)
+    window = tl.load(far_end_ptr + place, mask=usable, other=0)
+    low = tl.load(group_ptr + group * 8, mask=known, other=0)
+    return (
+        tl.where(usable, selected, -1), tl.where(usable, count - SINKS, 0), tl.where(usable, window, low), place
+    )  # fmt: skip
+
+
+@triton.jit
 def rows_to_search(bypass_ptr, WINDOW: tl.constexpr, BYPASS: tl.constexpr):
     """Rows of the ring that this step looks at: all, or none while the layer's matching is bypassed."""
     if BYPASS:

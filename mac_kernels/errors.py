@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class MacError(Exception):
@@ -15,6 +19,22 @@ class ConfigError(MacError, ValueError):
 
 class InputError(MacError, ValueError):
     """A tensor or a length handed to a kernel is wrong (shape, dtype, device, stride or range)."""
+
+
+def require_contiguous(name: str, tensor: Tensor) -> None:
+    """Refuse a tensor whose last dim the kernels would read as if its entries lay side by side.
+
+    Raises
+    ------
+    InputError
+        If they do not.
+    """
+    if tensor.is_contiguous():  # much faster to ask than a stride, and every run() asks for several
+        return
+    if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
+        raise InputError(
+            f"{name} must be contiguous in its last dim, got stride {tensor.stride(-1)}; pass {name}.contiguous()"
+        )
 
 
 class PlanError(MacError, RuntimeError):

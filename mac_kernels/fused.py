@@ -19,9 +19,12 @@ from .match.triton_decide import decide_kernel
 from .paged import PagedKV, Table
 from .planning import Planned
 from .ring import RingPool
+from .tca.index import MissIndex
 from .types import LOG2_E, StepTrace
 
 _INT32_MAX = 2**31 - 1
+_OF_INDEX = ("ids_ptr", "count_ptr", "far_end_ptr", "selected_ptr", "dropped_ptr", "refresh", "limit", "capacity")
+_LISTED_STAGES = 2  # keys then wait for their pages, and those for the list
 _FIELDS = 8  # per kv group: low, high, position, ring, reuse, anchor, reason, head hits as bits
 Arguments = dict[str, Any]
 """Kernel arguments by parameter name; a name means the same in every kernel."""
@@ -91,6 +94,7 @@ class FusedStep:
         self._int = empty(groups, 3, group, dtype=torch.int32)
         self._float = empty(groups, 3, group)
         self._info = empty(groups, _FIELDS, dtype=torch.int32)
+        self._spared = None if config.tca is None else empty(groups, dtype=torch.int32)
         self._workspace: Arguments = {
             "cos_sin_ptr": planned.rope.cos_sin_cache(planned.max_kv_len, device),
             "scan_ptr": empty(groups, config.window, dtype=torch.int32),
@@ -103,6 +107,7 @@ class FusedStep:
             "decision_int_ptr": self._int,
             "decision_float_ptr": self._float,
             "group_ptr": self._info,
+            "spared_ptr": self._spared,
         }
 
     def run(
@@ -182,7 +187,7 @@ class FusedStep:
                 self.programs,
                 launch.rest_warps,
                 BLOCK_N=block_n(launch.rest_tile_bytes, block_d, itemsize),
-                STAGES=launch.rest_stages,
+                STAGES=launch.rest_stages + (0 if rings.index is None else _LISTED_STAGES),
             ),
             complete=bind(
                 complete_kernel,
@@ -249,6 +254,8 @@ def stacked_trace(steps: Sequence[FusedStep]) -> StepTrace:
     kv_len = info[:, :, 0, 2] + 1
     stop = torch.clamp(kv_len - config.band, min=config.sinks)
     read = (stop[..., None] - info[..., 0]).clamp(min=0) + (kv_len - stop).clamp(min=0)[..., None] + config.sinks
+    some = [torch.full_like(info[0, :, :, 0], -1) if step._spared is None else step._spared for step in steps]
+    spared = torch.stack(some).view(read.shape).long()
     return StepTrace(
         reason=info[..., 6],
         head_hit=((info[..., 7, None] >> bits) & 1).bool().reshape(heads),
@@ -257,8 +264,9 @@ def stacked_trace(steps: Sequence[FusedStep]) -> StepTrace:
         weight_bound=real[:, :, 2].reshape(heads),
         start=whole[:, :, 0].long().reshape(heads),
         stop=stop,
-        kv_read=torch.minimum(read, kv_len[..., None]),
+        kv_read=torch.minimum(read - spared.clamp(min=0), kv_len[..., None]),
         kv_len=kv_len,
+        sparse=spared >= 0,
     )
 
 
@@ -303,6 +311,8 @@ def ring_arguments(rings: RingPool, layer: int) -> Arguments:
     assert sketch is not None  # check_fits() refused pools without one
     terms, sketch_dim = sketch.index.shape
     return {
+        **_index_arguments(rings.index, layer),
+        "ring_seen_ptr": field.get("seen"),
         "ring_q_ptr": field["q_pre"],
         "ring_out_ptr": field["out"],
         "ring_key_ptr": field["kbar"] if rings.correction else field["out"],
@@ -326,6 +336,14 @@ def ring_arguments(rings: RingPool, layer: int) -> Arguments:
         "BLOCK_T": triton.next_power_of_2(terms),
         "BLOCK_K": triton.next_power_of_2(sketch_dim),
     }
+
+
+def _index_arguments(index: MissIndex | None, layer: int) -> Arguments:
+    """What missed groups of a layer read; nothing without an index."""
+    if index is None:
+        return dict.fromkeys(_OF_INDEX)
+    far = index.ids[layer], index.count[layer], index.far_end[layer], index.selected[layer], index.dropped[layer]
+    return dict(zip(_OF_INDEX, (*far, index.refresh, index.limit, index.ids.shape[3]), strict=True))
 
 
 def _block_d(head_dim: int) -> int:

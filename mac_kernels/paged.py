@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .errors import InputError
+from .errors import InputError, require_contiguous
 from .types import HeadLayout, KVLayout
 
 _INDEX_DTYPES = (torch.int32, torch.int64)
@@ -43,6 +43,7 @@ class PageTable:
                     f"{name} must be one-dimensional int32, got {list(tensor.shape)} {tensor.dtype}; "
                     "build it as for FlashInfer's plan()"
                 )
+            require_contiguous(name, tensor)
         if self.indptr.numel() != self.last_page_len.numel() + 1:
             raise InputError(
                 f"indptr has {self.indptr.numel()} entries and last_page_len {self.last_page_len.numel()}; "
@@ -143,15 +144,17 @@ class RowTable:
 
     def __post_init__(self) -> None:
         rows = self.req_to_token
-        if rows.dim() != 2 or rows.dtype not in _INDEX_DTYPES or rows.stride(1) != 1:
+        if rows.dim() != 2 or rows.dtype not in _INDEX_DTYPES:
             raise InputError(
-                f"req_to_token must be [rows, max_context] int32 with contiguous rows, got {list(rows.shape)} "
-                f"{rows.dtype}; pass the request pool's own table"
+                f"req_to_token must be [rows, max_context] int32, got {list(rows.shape)} {rows.dtype}; "
+                "pass the request pool's own table"
             )
         for name in ("req_pool_indices", "seq_lens"):
             tensor = getattr(self, name)
             if tensor.dim() != 1 or tensor.dtype not in _INDEX_DTYPES:
                 raise InputError(f"{name} must be [B] int32 or int64, got {list(tensor.shape)} {tensor.dtype}")
+        for name in ("req_to_token", "req_pool_indices", "seq_lens"):
+            require_contiguous(name, getattr(self, name))
         if self.req_pool_indices.numel() != self.seq_lens.numel():
             raise InputError(
                 f"req_pool_indices has {self.req_pool_indices.numel()} entries and seq_lens {self.seq_lens.numel()}; "
@@ -271,10 +274,7 @@ class PagedKV:
                     f"{name} has dtype {cache.dtype}; supported: {', '.join(str(d) for d in KV_DTYPES)}; "
                     "convert the cache or use another backend"
                 )
-            if cache.stride(-1) != 1:
-                raise InputError(
-                    f"{name} must be contiguous in the head dim, got stride {cache.stride(-1)}; call .contiguous()"
-                )
+            require_contiguous(name, cache)
         if self.k_cache.dtype != self.v_cache.dtype or self.k_cache.shape[0] != self.v_cache.shape[0]:
             raise InputError(
                 f"k_cache {list(self.k_cache.shape)} {self.k_cache.dtype} and v_cache {list(self.v_cache.shape)} "
@@ -284,7 +284,9 @@ class PagedKV:
         if isinstance(self.k_scale, torch.Tensor) != isinstance(self.v_scale, torch.Tensor):
             raise InputError("k_scale and v_scale must be two numbers or two device scalars; pass both of one kind")
         for name in ("k_scale", "v_scale"):
-            _check_scale(name, getattr(self, name))
+            _check_scale(name, scale := getattr(self, name))
+            if isinstance(scale, int):  # Triton would compile the integer 1 into the kernel
+                object.__setattr__(self, name, float(scale))
 
     @property
     def itemsize(self) -> int:

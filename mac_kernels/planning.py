@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Literal, Protocol
 import torch
 
 from . import tuned
+from .attend.flashinfer import NEWEST, flashinfer_version, version_text
 from .config import MacConfig
-from .errors import InputError
+from .errors import InputError, require_contiguous
 from .paged import SUPPORTED_DTYPES, PagedKV, Table
-from .ring import RingPool, check_slots
+from .ring import RingPool
 from .rope import Rope
+from .slots import check_slots
 from .step import reference_step
 from .support import Backend, resolve_backend
 from .types import HeadLayout, StepTrace
@@ -147,12 +149,14 @@ class Plan:
                 f"q must be {list(shape)} in fp32, bf16 or fp16, got {list(q.shape)} {q.dtype}; "
                 "plan() the batch you run"
             )
-        if q.stride(-1) != 1:
-            raise InputError(f"q must be contiguous in the head dim, got stride {q.stride(-1)}; call .contiguous()")
-        if out is not None and (out.shape != shape or out.dtype != q.dtype):
-            raise InputError(
-                f"out must be {list(shape)} {q.dtype} like q, got {list(out.shape)} {out.dtype}; allocate empty_like(q)"
-            )
+        require_contiguous("q", q)
+        if out is not None:
+            if out.shape != shape or out.dtype != q.dtype:
+                raise InputError(
+                    f"out must be {list(shape)} {q.dtype} like q, got {list(out.shape)} {out.dtype}; "
+                    "allocate empty_like(q)"
+                )
+            require_contiguous("out", out)
         rings.check_fits(layer, layout, self.planned.config)
         check_slots(slots, generations, batch)
         devices = {t.device for t in (q, kv.k_cache, kv.table, slots, generations, rings.slot_table)}
@@ -175,6 +179,7 @@ def make_plan(
     sm_scale: float | None,
     logits_soft_cap: float,
     max_kv_len: int,
+    q_data_type: torch.dtype | None,
     kv_data_type: torch.dtype,
     launch: LaunchParams | None,
 ) -> Plan:
@@ -183,7 +188,7 @@ def make_plan(
     Raises
     ------
     InputError
-        If a scale or the rotation does not fit.
+        If a scale or the rotation does not fit, or launch parameters are for another backend than the chosen one.
     UnsupportedError
         If the named backend cannot run the configuration.
     """
@@ -206,7 +211,13 @@ def make_plan(
     if logits_soft_cap > 0 and config.correction:
         config = dataclasses.replace(config, correction=False)
         notes.append("correction off: its derivative does not hold under a logits soft-cap")
-    chosen, why, rejected = resolve_backend(backend, config, layout, table.device)
+    if q_data_type is None:
+        q_data_type = kv_data_type if kv_data_type in SUPPORTED_DTYPES else torch.bfloat16
+    chosen, why, rejected = resolve_backend(backend, config, layout, table.device, dtypes=(q_data_type, kv_data_type))
+    if launch is not None and chosen != "triton":
+        raise InputError(
+            f"launch is for backend 'triton' and {chosen!r} was chosen; leave it out, or name backend='triton'"
+        )
     planned = Planned(
         table=table,
         layout=layout,
@@ -238,6 +249,9 @@ def make_plan(
             notes.append(
                 "correction on: FlashInfer takes a second call for the mean keys, so a miss reads its keys twice"
             )
+        version = flashinfer_version()
+        if version is not None and version > NEWEST:
+            notes.append(f"flashinfer-python {version_text(version)} is untested: {version_text(NEWEST)} is the newest")
         step = ComposedStep(planned)
     else:
         step = ReferenceStep(planned)

@@ -11,10 +11,11 @@ import torch
 from . import ops
 from .attend.reference import shared_attention
 from .config import MacConfig
-from .errors import InputError
+from .errors import InputError, require_contiguous
 from .paged import SUPPORTED_DTYPES, PagedKV
-from .ring import RingPool, check_slots
+from .ring import RingPool
 from .rope import Rope
+from .slots import check_slots
 from .support import Backend, resolve_backend
 from .types import AttnState, covered_end
 
@@ -85,7 +86,8 @@ def fill_rings(
     sm_scale = 1 / math.sqrt(kv.layout.head_dim) if sm_scale is None else sm_scale
     rings.check_fits(layer, kv.layout, config)
     check_slots(slots, generations, kv.table.batch_size)
-    chosen = resolve_backend(backend, config, kv.layout, q.device)[0]
+    dtypes = q.dtype, kv.k_cache.dtype
+    chosen = resolve_backend(backend, config, kv.layout, q.device, dtypes=dtypes)[0]
     _check_shapes(q, qo_indptr, kv)
     if q.device.type == "cpu":  # on a GPU this would sync; there the lengths are the caller's to keep right
         _check_lengths(q, qo_indptr, kv)
@@ -185,6 +187,8 @@ def _check_shapes(q: torch.Tensor, qo_indptr: torch.Tensor, kv: PagedKV) -> None
             f"q must be [nnz_q, {kv.layout.num_qo_heads}, {kv.layout.head_dim}] in fp32, bf16 or fp16, "
             f"got {list(q.shape)} {q.dtype}; check the layout"
         )
+    require_contiguous("q", q)
+    require_contiguous("qo_indptr", qo_indptr)
 
 
 def _check_lengths(q: torch.Tensor, qo_indptr: torch.Tensor, kv: PagedKV) -> None:

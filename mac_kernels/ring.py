@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -15,11 +15,14 @@ from .errors import ConfigError, InputError, SnapshotError
 from .handles import register
 from .match.accept import check_tables
 from .match.sketch import Sketch, default_sketch_dim, dequantize, make_sketch
+from .slots import EMPTY, SlotTable
 from .snapshot import SNAPSHOT_VERSION, RingSnapshot, check_fields, row_fields
 from .types import AttnState, HeadLayout
 
+if TYPE_CHECKING:
+    from .tca.index import MissIndex
+
 ROW_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-EMPTY = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +65,8 @@ class RingPool:
     sketch_dim : int, optional
         8-bit numbers of the sketch per row and kv head (plus one fp32 scale), a multiple or a divisor of the head dim.
         Default: the largest of at most 128. 0: no sketch (the config's ``nominees`` must then be ``None``).
+    index : MissIndex, optional
+        What missed groups read (``MacConfig.tca``). Rows then tell which selection their states were read with.
     device : torch.device or str, default "cpu"
 
     Raises
@@ -86,6 +91,7 @@ class RingPool:
         dtype: torch.dtype = torch.bfloat16,
         correction: bool = True,
         sketch_dim: int | None = None,
+        index: MissIndex | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
         num_slots = num_rings if num_slots is None else num_slots
@@ -107,16 +113,18 @@ class RingPool:
         self.device = torch.device(device)
         self.fields = {
             name: torch.zeros(num_layers, num_rings, *shape, dtype=kind, device=self.device)
-            for name, (shape, kind) in row_fields(layout, window, dtype, correction, sketch_dim).items()
+            for name, (shape, kind) in row_fields(
+                layout, window, dtype, correction, sketch_dim, index is not None
+            ).items()
         }
-        self.slot_table = torch.full((num_slots,), EMPTY, dtype=torch.int32, device=self.device)
+        self.index = index
+        self._slots = SlotTable(num_slots, num_rings, self.device)
+        self.slot_table = self._slots.table
         self.ring_generation = torch.zeros(num_rings, dtype=torch.int64, device=self.device)
         self.sketch: Sketch | None = make_sketch(layout, sketch_dim, device=self.device) if sketch_dim else None
         self.counters = DecodeCounters(num_layers, self.device)
         self.bypass = Bypass(num_layers, self.device)
         self.number = register(self)
-        self._ring_of: dict[int, int] = {}
-        self._free = list(reversed(range(num_rings)))
         self.reset()
 
     @classmethod
@@ -162,11 +170,11 @@ class RingPool:
     @property
     def free_rings(self) -> int:
         """Rings that no slot holds."""
-        return len(self._free)
+        return self._slots.free
 
     def holds(self, slot: int) -> bool:
         """Whether the slot holds a ring."""
-        return slot in self._ring_of
+        return self._slots.place_of(slot) != EMPTY
 
     def acquire(self, slot: int, generation: int = 0) -> int:
         """Give the slot an empty ring (its own again, emptied, if it has one) and return it; -1 if none is free.
@@ -176,15 +184,12 @@ class RingPool:
         InputError
             If the slot is out of range.
         """
-        self._check_slot(slot)
-        if slot not in self._ring_of:
-            if not self._free:
-                return EMPTY
-            self._ring_of[slot] = self._free.pop()
-        ring = self._ring_of[slot]
-        self.fields["pos"][:, ring] = EMPTY
-        self.ring_generation[ring].fill_(generation)  # an item assignment would wait for the device
-        self.slot_table[slot].fill_(ring)
+        ring = self._slots.acquire(slot)
+        if ring != EMPTY:
+            self.fields["pos"][:, ring] = EMPTY
+            if self.index is not None:
+                self.index.forget(ring)
+            self.ring_generation[ring].fill_(generation)  # an item assignment would wait for the device
         return ring
 
     def release(self, slot: int) -> None:
@@ -195,19 +200,15 @@ class RingPool:
         InputError
             If the slot is out of range.
         """
-        self._check_slot(slot)
-        ring = self._ring_of.pop(slot, None)
-        if ring is not None:
-            self.slot_table[slot].fill_(EMPTY)
-            self._free.append(ring)
+        self._slots.release(slot)
 
     def reset(self) -> None:
         """Empty every row and release every slot (after weight updates, LoRA changes, graph warm-up)."""
         self.fields["pos"].fill_(EMPTY)
-        self.slot_table.fill_(EMPTY)
+        self._slots.reset()
+        if self.index is not None:
+            self.index.selected.fill_(EMPTY)
         self.bypass.values.zero_()
-        self._ring_of.clear()
-        self._free = list(reversed(range(self.num_rings)))
 
     def lookup(self, slots: torch.Tensor, generations: torch.Tensor) -> torch.Tensor:
         """Ring of every request, [B] int64 on the device; -1 without a ring or with another generation."""
@@ -251,11 +252,13 @@ class RingPool:
         q_pre: torch.Tensor,
         state: AttnState,
         anchor: torch.Tensor,
+        seen: torch.Tensor | None = None,
     ) -> None:
         """Store one row per entry at ``position % W``; entries with ring -1 are skipped.
 
         ``rings``, ``position`` [N] int64; ``q_pre`` [N, Hq, D]; ``state`` with leading dim N, its ``kbar`` in the
-        pre-RoPE frame of the position; ``anchor`` [N, Hkv] int64.
+        pre-RoPE frame of the position; ``anchor`` [N, Hkv] int64; ``seen`` [N, Hq] int64, position of the query that
+        selected what the state was read with, -1 (default) for everything.
         """
         keep = rings >= 0
         rings, position = rings[keep], position[keep]
@@ -271,6 +274,8 @@ class RingPool:
             if state.kbar is None:
                 raise InputError("the ring stores mean keys but the state has none; compute it with return_kbar=True")
             values["kbar"] = state.kbar[keep]
+        if self.index is not None:
+            values["seen"] = torch.full_like(state.lse2[keep], EMPTY) if seen is None else seen[keep]
         if self.sketch is not None:
             values["sketch"], values["sketch_scale"] = self.sketch.of(q_pre[keep])
         for name, value in values.items():
@@ -368,31 +373,16 @@ class RingPool:
                 f"the config nominates {config.nominees} rows but the rings have no sketch; "
                 "build the RingPool with the default sketch_dim, or set nominees=None"
             )
-
-    def _check_slot(self, slot: int) -> None:
-        if not 0 <= slot < self.num_slots:
-            raise InputError(f"slot {slot} is out of range [0, {self.num_slots - 1}]; build a pool of more num_slots")
+        if config.tca != (None if self.index is None else self.index.config):
+            raise InputError(
+                "config.tca and the rings' index disagree; build RingPool(index=MissIndex(..., config=config.tca))"
+            )
 
     def _held(self, slot: int) -> int:
-        self._check_slot(slot)
-        if slot not in self._ring_of:
+        ring = self._slots.place_of(slot)
+        if ring == EMPTY:
             raise SnapshotError(f"slot {slot} holds no ring; acquire one before taking a snapshot")
-        return self._ring_of[slot]
-
-
-def check_slots(slots: torch.Tensor, generations: torch.Tensor, batch_size: int) -> None:
-    """Check what names the rings of a batch.
-
-    Raises
-    ------
-    InputError
-        If either is not [B] int32 or int64.
-    """
-    for name, tensor in (("slots", slots), ("generations", generations)):
-        if tensor.shape != (batch_size,) or tensor.dtype not in (torch.int32, torch.int64):
-            raise InputError(
-                f"{name} must be [{batch_size}] int32 or int64, got {list(tensor.shape)} {tensor.dtype}; one each"
-            )
+        return ring
 
 
 def _cut(pos: torch.Tensor, up_to: int | None) -> None:

@@ -37,7 +37,7 @@ class RingSnapshot:
 
 
 def row_fields(
-    layout: HeadLayout, window: int, dtype: torch.dtype, correction: bool, sketch_dim: int
+    layout: HeadLayout, window: int, dtype: torch.dtype, correction: bool, sketch_dim: int, indexed: bool = False
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Shape [W, ...] and dtype of every row field of one ring in one layer."""
     heads, kv_heads, dim = layout.num_qo_heads, layout.num_kv_heads, layout.head_dim
@@ -53,6 +53,8 @@ def row_fields(
     if sketch_dim:
         fields["sketch"] = ((window, kv_heads, sketch_dim), torch.int8)
         fields["sketch_scale"] = ((window, kv_heads), torch.float32)
+    if indexed:
+        fields["seen"] = ((window, heads), torch.int32)
     return fields
 
 

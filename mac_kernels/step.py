@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -78,15 +78,18 @@ def reference_step(
 
     matched_end = covered_end(match.pos, band=config.band, sinks=config.sinks)
     start = torch.where(reuse, matched_end, config.sinks)
-    rest = attend(q, kv, start, stop, return_kbar=rings.correction)
+    selected = _selected(rings, layer, ring, reason, match.row, kv_len, stop)
+    rest = attend(q, kv, start, stop, return_kbar=rings.correction, keep=selected.keep)
     if rest.kbar is not None:
         rest = rest._replace(kbar=rope.pull_back(rest.kbar, position))
     row = merge_state(_masked(candidate, reuse), rest)
     row_anchor = torch.where(reuse, anchor, position[:, None])
     row_anchor = row_anchor.view(len(position), -1, group).amin(-1)
-    rings.write(layer, torch.where(kv_len > 0, ring, -1), position, q_pre=q_pre, state=row, anchor=row_anchor)
+    target = torch.where(kv_len > 0, ring, -1)
+    rings.write(layer, target, position, q_pre=q_pre, state=row, anchor=row_anchor, seen=selected.seen)
 
     rest_read = (stop[:, None] - start.view(len(position), -1, group).amin(-1)).clamp(min=0)
+    rest_read = torch.where(selected.sparse, selected.read, rest_read)
     trace = StepTrace(
         reason=reason,
         head_hit=head_hit,
@@ -97,11 +100,51 @@ def reference_step(
         stop=stop,
         kv_read=torch.minimum(rest_read + (kv_len - stop).clamp(min=0)[:, None] + config.sinks, kv_len[:, None]),
         kv_len=kv_len,
+        sparse=selected.sparse,
     )
     rings.counters.add(layer, trace)
     if config.break_even is not None:
         rings.bypass.update(layer, reason, config.break_even)
     return merge_state(row, always).out, trace
+
+
+class _Selected(NamedTuple):
+    """What a selection leaves of the rest.
+
+    ``sparse`` [B, Hkv] bool, groups that read selected tokens only, and ``read`` [B, Hkv] int64, how many of the rest;
+    ``keep`` [B, Hkv, L] bool, what every group may read (``None``: all); ``seen`` [B, Hq] int64, position of the query
+    that selected what each head's state was read with, -1 for everything (``None``: nobody asks).
+    """
+
+    sparse: torch.Tensor
+    read: torch.Tensor
+    keep: torch.Tensor | None = None
+    seen: torch.Tensor | None = None
+
+
+def _selected(
+    rings: RingPool,
+    layer: int,
+    ring: torch.Tensor,
+    reason: torch.Tensor,
+    row: torch.Tensor,
+    kv_len: torch.Tensor,
+    stop: torch.Tensor,
+) -> _Selected:
+    index, group = rings.index, rings.layout.group_size
+    if index is None:
+        return _Selected(torch.zeros_like(reason, dtype=torch.bool), torch.zeros_like(reason))
+    sparse = index.usable(layer, ring, reason, kv_len - 1)
+    keep = index.kept(layer, ring, sparse, kv_len)
+    at = layer, ring.clamp(min=0)
+    disjoint = ~sparse | (index.far_end[at] <= stop[:, None])
+    assert bool(disjoint.all()), "selected tokens lie in the band, although the config demands a longer local_window"
+    token = torch.arange(keep.shape[2], device=keep.device)
+    rest = (token >= index.config.sinks) & (token < stop[:, None])
+    fresh = torch.where(sparse, index.selected[at], -1).repeat_interleave(group, 1)
+    stored = _at_row(rings.fields["seen"][at][..., None], row)[..., 0]
+    seen = torch.where((reason == Reason.HIT).repeat_interleave(group, 1), stored, fresh)
+    return _Selected(sparse, (keep & rest[:, None]).sum(-1), keep, seen)
 
 
 def _decide(

@@ -8,7 +8,15 @@ from typing import Literal
 
 import torch
 
-from .attend.flashinfer import HEAD_DIMS, OLDEST, flashinfer_version
+from .attend.flashinfer import (
+    HEAD_DIMS,
+    NEWEST,
+    OLDEST,
+    flashinfer_version,
+    lost_attributes,
+    takes_dtypes,
+    version_text,
+)
 from .config import PRESETS, MacConfig
 from .errors import UnsupportedError
 from .types import HeadLayout
@@ -16,23 +24,29 @@ from .types import HeadLayout
 Backend = Literal["triton", "flashinfer", "reference"]
 BACKENDS: tuple[Backend, ...] = ("triton", "flashinfer", "reference")
 """Fastest first; ``"auto"`` takes the first that has no reason against it."""
+Dtypes = tuple[torch.dtype, torch.dtype]
+"""Of queries and KV cache."""
 
 
 def unsupported_reasons(
-    backend: Backend, config: MacConfig, layout: HeadLayout, device: torch.device
+    backend: Backend, config: MacConfig, layout: HeadLayout, device: torch.device, *, dtypes: Dtypes | None = None
 ) -> tuple[str, ...]:
-    """Return every reason why a backend cannot run this configuration here; empty if it can."""
+    """Return every reason why a backend cannot run this configuration here; empty if it can.
+
+    ``dtypes`` may be unknown (``None``); what speaks against them is then left out.
+    """
     missing = _missing_flashinfer() if backend == "flashinfer" else ()
-    return (*missing, *_CHECKS[backend](config, layout, device))
+    against = () if dtypes is None else _dtype_reasons(backend, *dtypes, device)
+    return (*missing, *_CHECKS[backend](config, layout, device), *against)
 
 
 def choose_backend(
-    config: MacConfig, layout: HeadLayout, device: torch.device
+    config: MacConfig, layout: HeadLayout, device: torch.device, *, dtypes: Dtypes | None = None
 ) -> tuple[Backend, str, dict[str, tuple[str, ...]]]:
     """Return the fastest backend that can run this, one sentence why, and the reasons against those passed over."""
     rejected: dict[str, tuple[str, ...]] = {}
     for backend in BACKENDS:
-        reasons = unsupported_reasons(backend, config, layout, device)
+        reasons = unsupported_reasons(backend, config, layout, device, dtypes=dtypes)
         if not reasons:
             return backend, f"the fastest backend that supports this on {device.type}", rejected
         rejected[backend] = reasons
@@ -40,7 +54,12 @@ def choose_backend(
 
 
 def resolve_backend(
-    backend: Literal["auto"] | Backend, config: MacConfig, layout: HeadLayout, device: torch.device
+    backend: Literal["auto"] | Backend,
+    config: MacConfig,
+    layout: HeadLayout,
+    device: torch.device,
+    *,
+    dtypes: Dtypes | None = None,
 ) -> tuple[Backend, str, dict[str, tuple[str, ...]]]:
     """:func:`choose_backend` for ``"auto"``, otherwise the named one.
 
@@ -50,8 +69,8 @@ def resolve_backend(
         If the named backend cannot run this; it lists every reason.
     """
     if backend == "auto":
-        return choose_backend(config, layout, device)
-    reasons = unsupported_reasons(backend, config, layout, device)
+        return choose_backend(config, layout, device, dtypes=dtypes)
+    reasons = unsupported_reasons(backend, config, layout, device, dtypes=dtypes)
     if reasons:
         raise UnsupportedError(f"backend {backend!r}", reasons, "Use backend='auto'.")
     return backend, "named by the caller", {}
@@ -71,6 +90,7 @@ def _flashinfer_reasons(config: MacConfig, layout: HeadLayout, device: torch.dev
     checks = (
         (device.type == "cuda", f"device {device.type} (needs an NVIDIA GPU)"),
         (layout.head_dim in HEAD_DIMS, f"head_dim={layout.head_dim} (FlashInfer has kernels for {known})"),
+        (config.tca is None, "tca (its ranges are contiguous)"),
     )
     return (*(reason for good, reason in checks if not good), *_match_reasons(config, layout))
 
@@ -87,13 +107,24 @@ def _match_reasons(config: MacConfig, layout: HeadLayout) -> tuple[str, ...]:
     return tuple(reason for good, reason in checks if not good)
 
 
+def _dtype_reasons(backend: Backend, q: torch.dtype, kv: torch.dtype, device: torch.device) -> tuple[str, ...]:
+    if backend == "triton" and kv.itemsize == 1 and device.type == "cuda":
+        if torch.cuda.get_device_capability(device) < (8, 9):
+            return (f"an fp8 cache on {torch.cuda.get_device_name(device)} (needs compute capability 8.9)",)
+    elif backend == "flashinfer" and not takes_dtypes(q, kv):
+        return (f"{q} queries beside a {kv} cache (FlashInfer takes bf16 or fp16, and beside either itself or fp8)",)
+    return ()
+
+
 def _missing_flashinfer() -> tuple[str, ...]:
     version = flashinfer_version()
     if version is None:
         return ("flashinfer-python is not installed (pip install 'mac-kernels[flashinfer]')",)
+    found = f"flashinfer-python {version_text(version)}"
     if version < OLDEST:
-        found, needed = (".".join(map(str, numbers)) for numbers in (version, OLDEST))
-        return (f"flashinfer-python {found} (needs {needed} or newer)",)
+        return (f"{found} (needs {version_text(OLDEST)} or newer)",)
+    if version > NEWEST and (lost := lost_attributes()):
+        return (f"{found}, whose wrapper has no {' and no '.join(lost)} (install {version_text(NEWEST)})",)
     return ()
 
 

@@ -107,7 +107,8 @@ class StepTrace(NamedTuple):
     ``reason`` [B, Hkv] int64, a :class:`Reason`; ``head_hit`` [B, Hq] bool, heads that would pass on their own;
     ``matched_pos`` [B, Hq] int64 and ``distance`` [B, Hq] fp32 of the nominated row; ``weight_bound`` [B, Hq] fp32,
     upper bound of the reused state's weight in the output; ``start`` [B, Hq] int64, where the fresh rest begins;
-    ``stop`` [B] int64, the covered end ``E(m)``; ``kv_read`` [B, Hkv] int64, KV tokens read; ``kv_len`` [B] int64.
+    ``stop`` [B] int64, the covered end ``E(m)``; ``kv_read`` [B, Hkv] int64, KV tokens read; ``kv_len`` [B] int64;
+    ``sparse`` [B, Hkv] bool, missed groups that read selected tokens only (``MacConfig.tca``).
     """
 
     reason: torch.Tensor
@@ -119,6 +120,7 @@ class StepTrace(NamedTuple):
     stop: torch.Tensor
     kv_read: torch.Tensor
     kv_len: torch.Tensor
+    sparse: torch.Tensor
 
     @property
     def hit(self) -> torch.Tensor:

@@ -1,27 +1,49 @@
-"""The attention backend: SGLang's own for prefill and every layer that MAC does not serve, MAC for decode."""
+"""The attention backends: a method in front of SGLang's own, which does whatever the method does not."""
 
 from __future__ import annotations
 
 import functools
 import logging
-from typing import Any
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 
-from mac_kernels import resolve_config
-from mac_kernels.support import Backend, unsupported_reasons
+from mac_kernels import UnsupportedError
+from mac_kernels.support import Backend
 
-from . import compat, hooks, status
+from . import compat, hooks, mac_serving, serving, status, tca_serving
 from .layers import LayerMap, map_layers
-from .options import read_options
-from .plan import Fill, Plan, compile_fill
-from .serving import Serving, describe, start
+from .serving import Caches, DecodePlan, PrefillPass, Scales, Serving, Site
 
 logger = logging.getLogger(__name__)
 
 
-def build_backend(runner: Any) -> Any:
-    """Build the backend for a model runner; SGLang calls it by the name ``mac``.
+@dataclass(frozen=True, slots=True)
+class Method:
+    """A method by the name of its backend.
+
+    ``rotated``: it has to know how a layer rotates its queries; ``budget``: the option that sets the memory it takes.
+    """
+
+    name: str
+    rotated: bool
+    budget: str
+    start: Callable[[Site], Serving]
+
+
+EAGER_PLANS = 16
+"""Batch sizes whose plans are kept where no graph is: each holds buffers of its own."""
+METHODS: Mapping[str, Method] = {
+    "mac": Method("mac", rotated=True, budget="ring_memory_gb", start=mac_serving.start),
+    "tca": Method("tca", rotated=False, budget="index_memory_gb", start=tca_serving.start),
+}
+
+
+def build_backend(name: str, runner: Any) -> Any:
+    """Build the backend of a method for a model runner; SGLang calls it.
 
     Raises
     ------
@@ -32,24 +54,26 @@ def build_backend(runner: Any) -> Any:
     try:
         if status.problems():
             raise compat.SGLangChanged("the plugin did not take effect: " + "; ".join(status.problems()))
-        compat.check_runner(runner)
-        return backend_class(str(runner.device))(runner)
+        compat.check_runner(runner, name)
+        return backend_class(name, str(runner.device))(runner)
     except Exception as error:
-        logger.error("mac: the server cannot start: %s", error)
+        logger.error("%s: the server cannot start: %s", name, error)
         raise
 
 
 @functools.cache
-def backend_class(device: str) -> type:
-    """The backend for a kind of device: MAC in front of SGLang's exact backend."""
+def backend_class(name: str, device: str) -> type:
+    """The backend of a method for a kind of device: the method in front of SGLang's exact backend."""
     exact = compat.exact_backend_class(device)
-    return type(f"Mac{exact.__name__}", (MacAttention, exact), {"__doc__": MacAttention.__doc__})
+    attributes = {"__doc__": ServedAttention.__doc__, "method": METHODS[name]}
+    return type(f"{name.title()}{exact.__name__}", (ServedAttention, exact), attributes)
 
 
 # Every `super()` below is SGLang's backend, which backend_class() puts behind this class: mypy sees `object` there.
-class MacAttention:
-    """MAC in front of one of SGLang's attention backends, which stays responsible for whatever MAC does not do."""
+class ServedAttention:
+    """A method in front of one of SGLang's attention backends, which stays responsible for whatever it does not do."""
 
+    method: ClassVar[Method]
     req_to_token_pool: Any
     token_to_kv_pool: Any
     forward_metadata: Any
@@ -57,30 +81,34 @@ class MacAttention:
     def __init__(self, runner: Any) -> None:
         super().__init__(runner)  # type: ignore[call-arg]  # the exact backend, see backend_class()
         self._fp8 = runner.kv_cache_dtype == torch.float8_e4m3fn
+        if self._fp8:
+            compat.check_fp8_writes(self)
         context_len = min(int(runner.model_config.context_len), self.req_to_token_pool.req_to_token.shape[1])
-        self._layers = map_layers(runner.model, kv_dtype=runner.kv_cache_dtype, context_len=context_len)
-        self._serving: Serving | None = _start(runner, self._layers, context_len)
+        self._layers = map_layers(
+            runner.model, kv_dtype=runner.kv_cache_dtype, context_len=context_len, rotated=self.method.rotated
+        )
+        self._serving = _start(self.method, runner, self._layers, context_len)
         self._all_served = self._serving is not None and self._layers.complete
-        self._eager: dict[int, Plan] = {}
-        self._captured: list[Plan] = []
-        self._plan: Plan | None = None
-        self._fill: Fill | None = None
+        self._eager: OrderedDict[int, DecodePlan] = OrderedDict()
+        self._captured: list[DecodePlan] = []
+        self._plan: DecodePlan | None = None
+        self._prefill: PrefillPass | None = None
 
     def init_forward_metadata(self, forward_batch: Any) -> None:
         """Prepare a pass that no graph replays."""
-        decode = forward_batch.forward_mode.is_decode_or_idle()
-        if not decode or not self._all_served:
-            super().init_forward_metadata(forward_batch)  # type: ignore[misc]
-        if self._serving is None:
+        if forward_batch.forward_mode.is_decode_or_idle():
+            if not self._all_served:
+                super().init_forward_metadata(forward_batch)  # type: ignore[misc]
+            if self._serving is not None:
+                self._plan = self._eager_plan(self._serving, forward_batch)
+                self._plan.begin()
             return
-        if decode:
-            self._plan = self._eager_plan(self._serving, forward_batch)
-            self._begin_audit()
-        else:
-            self._fill = Fill.of(forward_batch, self._serving) if self._serving.fill else None
+        self._prefill = None if self._serving is None else self._serving.prefill(forward_batch)
+        if self._prefill is None or not (self._prefill.whole and self._all_served):
+            super().init_forward_metadata(forward_batch)  # type: ignore[misc]
 
     def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
-        """Prepare the capture or a replay of a graph: nothing to do for MAC but the plan at capture."""
+        """Prepare the capture or a replay of a graph: nothing to do for the method but the plan at capture."""
         decode = forward_batch.forward_mode.is_decode_or_idle()
         if not decode or not self._all_served:
             super().init_forward_metadata_out_graph(forward_batch, in_capture=in_capture)  # type: ignore[misc]
@@ -88,26 +116,22 @@ class MacAttention:
             return
         if in_capture:
             # over the buffers that SGLang refills before each replay; kept, because the graph holds its addresses
-            self._plan = Plan(self._serving, forward_batch.req_pool_indices, forward_batch.seq_lens)
+            self._plan = self._new_plan(self._serving, forward_batch.req_pool_indices, forward_batch.seq_lens)
             self._captured.append(self._plan)
         else:
-            padding = getattr(forward_batch, "num_padding", 0)
-            self._serving.padded_groups += padding * len(self._layers.served) * self._serving.rings.layout.num_kv_heads
+            self._serving.padded_entries += getattr(forward_batch, "num_padding", 0)
 
     def init_forward_metadata_in_graph(self, forward_batch: Any) -> None:
         """What a graph records before its first layer."""
         super().init_forward_metadata_in_graph(forward_batch)  # type: ignore[misc]
-        if forward_batch.forward_mode.is_decode_or_idle():
-            self._begin_audit()
+        if forward_batch.forward_mode.is_decode_or_idle() and self._plan is not None:
+            self._plan.begin()
 
     def on_after_cuda_graph_warmup(self) -> None:
         """Forget what the warm-up passes stored and counted."""
         super().on_after_cuda_graph_warmup()  # type: ignore[misc]
         if self._serving is not None:
-            self._serving.drop_all("the warm-up of CUDA graphs")
-            self._serving.rings.counters.values.zero_()
-            if self._serving.auditor is not None:
-                self._serving.auditor.reset()
+            self._serving.reset()
 
     def shared_read_ends(self, mode: Any) -> Any:
         """Decode kernels read the request pool's rows themselves, until the end of the pass."""
@@ -148,59 +172,69 @@ class MacAttention:
         save_kv_cache: bool = True,
         **options: Any,
     ) -> torch.Tensor:
-        """Exact attention of a prefill chunk; its last queries are stored for decode."""
-        out: torch.Tensor = super().forward_extend(  # type: ignore[misc]
-            q, k, v, layer, forward_batch, save_kv_cache, **options
-        )
+        """Attention of a prefill chunk: exact, but for what the method computes itself."""
         served = self._layers.served.get(layer.layer_id)
-        if served is not None and self._fill is not None:
-            queries = q.reshape(-1, layer.tp_q_head_num, layer.head_dim)
-            self._fill.run(queries, self._caches(layer), self._scales(layer), served)
-        return out
+        prefill = None if served is None else self._prefill
+        out: torch.Tensor | None = None
+        if prefill is None or not prefill.whole:
+            out = super().forward_extend(  # type: ignore[misc]
+                q, k, v, layer, forward_batch, save_kv_cache, **options
+            )
+        elif save_kv_cache and k is not None and v is not None:
+            compat.write_kv(self, layer, forward_batch, k, v)
+        if prefill is None or served is None:
+            assert out is not None
+            return out
+        queries = q.reshape(-1, layer.tp_q_head_num, layer.head_dim)
+        return prefill.run(queries, out, self._caches(layer), self._scales(layer), served)
 
-    def _caches(self, layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """The pool's keys and values of a layer as pages of one token, [slots, 1, Hkv, D]."""
+    def _caches(self, layer: Any) -> Caches:
         k_cache, v_cache = self.token_to_kv_pool.get_kv_buffer(layer.layer_id)
         return k_cache.unsqueeze(1), v_cache.unsqueeze(1)
 
-    def _scales(self, layer: Any) -> tuple[float, float]:
-        """What the layer's stored keys and values are to be multiplied with: only an fp8 pool stores them divided."""
+    def _scales(self, layer: Any) -> Scales:
+        """Only an fp8 pool stores keys and values divided."""
         if not self._fp8:
             return 1.0, 1.0
         k_scale, v_scale = layer.k_scale_float, layer.v_scale_float
         return (1.0 if k_scale is None else k_scale), (1.0 if v_scale is None else v_scale)
 
-    def _begin_audit(self) -> None:
-        if self._serving is not None and self._serving.auditor is not None and self._plan is not None:
-            self._serving.auditor.begin(self._plan.rows, self._plan.lengths)
-
-    def _eager_plan(self, serving: Serving, forward_batch: Any) -> Plan:
-        """A plan per batch size, over tensors that are refilled here."""
+    def _eager_plan(self, active: Serving, forward_batch: Any) -> DecodePlan:
+        """A plan for each of the last batch sizes, over tensors that are refilled here."""
         rows, lengths = forward_batch.req_pool_indices, forward_batch.seq_lens
-        if len(rows) not in self._eager:
-            self._eager[len(rows)] = Plan(serving, rows.clone(), lengths.clone())
-        plan = self._eager[len(rows)]
+        plan = self._eager.pop(len(rows), None) or self._new_plan(active, rows.clone(), lengths.clone())
+        self._eager[len(rows)] = plan
+        if len(self._eager) > EAGER_PLANS:
+            self._eager.popitem(last=False)
         plan.rows.copy_(rows)
         plan.lengths.copy_(lengths)
         return plan
 
+    def _new_plan(self, active: Serving, rows: torch.Tensor, lengths: torch.Tensor) -> DecodePlan:
+        with serving.naming(f"the buffers for decode steps of {len(rows)} requests", self.method.budget):
+            return active.plan(rows, lengths)
 
-def _start(runner: Any, layers: LayerMap, context_len: int) -> Serving | None:
-    resolved = resolve_config(model=compat.model_key(runner))
-    options = read_options(resolved.files)
-    device = torch.device(runner.device)
-    backend: Backend = "reference" if device.type == "cpu" else "triton"
-    against = () if layers.layout is None else unsupported_reasons(backend, resolved.config, layers.layout, device)
-    if layers.layout is None or against:
+
+def _start(method: Method, runner: Any, layers: LayerMap, context_len: int) -> Serving | None:
+    backend: Backend = "reference" if torch.device(runner.device).type == "cpu" else "triton"
+    against: tuple[str, ...] = ()
+    active = None
+    if layers.layout is not None:
+        try:
+            with serving.naming(f"the buffers of {method.name}", method.budget):
+                active = method.start(Site(runner, layers, context_len, backend))
+        except UnsupportedError as error:
+            against = error.reasons
+    if active is None:
         reasons = [*against, *layers.reasons()]
-        logger.warning("mac: every layer runs exact attention: %s", "; ".join(reasons))
+        logger.warning("%s: every layer runs exact attention: %s", method.name, "; ".join(reasons))
         return None
     if not status.attempt("hooks", hooks.apply):
         raise compat.SGLangChanged(status.problems()[-1])
     logger.info("mac-kernels plugin: %s", status.summary())
-    serving = start(runner, layers, resolved, options, context_len, backend)
-    for sentence in resolved.why:
-        logger.info("mac: %s", sentence)
-    logger.info("%s", describe(serving, resolved))
-    compile_fill(serving)
-    return serving
+    for line in active.describe():
+        logger.info("%s: %s", method.name, line)
+    serving.activate(active)
+    with serving.naming("the buffers of prefill", method.budget):
+        active.compile()
+    return active

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
+
 import torch
 
 from mac_kernels import HeadLayout
@@ -10,6 +13,9 @@ from mac_kernels.tuned import KernelKey, find_kernel
 FULL_US, MISS_US, HIT_US, HIT_GROUP_US = 19.0, 16.0, 20.0, 0.135
 """One layer on an H100 (``benchmarks/results``): the part of full attention that does not depend on what it reads, what
 a step of misses adds to it, a step of hits at batch 1, and what each further kv group adds to that."""
+HALF_US = 14.0
+"""What a step in which half of the groups hit takes beyond the middle of those two (6.8 to 23.3 us, same place): one
+group that misses makes it wait."""
 _OF_PEAK = 0.91
 """Share of the memory's nominal bandwidth that attention reads at (same place)."""
 SHORT = 32_768
@@ -22,11 +28,11 @@ def break_even(
     context: int,
     token_bytes: int,
     bytes_per_us: float,
-    measured: tuple[float, float] | None = None,
+    measured: Sequence[tuple[float, float]] | None = None,
 ) -> float | None:
     """Hit rate at which a step takes as long as full attention, or ``None`` if it always takes longer.
 
-    Between its hits and its misses a step's time is taken to be linear.
+    Between hit rates 0, .5 and 1, or those that were measured, a step's time is taken to be linear.
 
     Parameters
     ----------
@@ -37,13 +43,18 @@ def break_even(
         Keys and values of one token and kv head.
     bytes_per_us : float
         Bandwidth of the GPU's memory.
-    measured : tuple of float, us, optional
-        Steps in which everything hits and everything misses, if they were measured on this GPU.
+    measured : sequence of (float, float), optional
+        Hit rates, rising from 0 to 1, and us of a step, if they were measured on this GPU.
     """
     groups = batch * layout.num_kv_heads
-    full = FULL_US + groups * context * token_bytes / bytes_per_us
-    hit, miss = measured or (HIT_US + HIT_GROUP_US * groups, full + MISS_US)
-    return MISS_US / (miss - hit) if miss - hit > MISS_US else None
+    hit = HIT_US + HIT_GROUP_US * groups
+    miss = FULL_US + groups * context * token_bytes / bytes_per_us + MISS_US
+    points = measured or ((0.0, miss), (0.5, (miss + hit) / 2 + HALF_US), (1.0, hit))
+    full = points[0][1] - MISS_US
+    for (low, before), (high, after) in itertools.pairwise(points):
+        if after < full:
+            return low + (high - low) * (before - full) / (before - after)
+    return None
 
 
 def describe(device: torch.device, layout: HeadLayout, *, dtype: torch.dtype, page_size: int, context_len: int) -> str:
@@ -67,7 +78,7 @@ def describe(device: torch.device, layout: HeadLayout, *, dtype: torch.dtype, pa
         measured = None
         if found is not None and found.file.coverage.missing(1, context) is None:
             latency = found.file.nearest(1, context).latency
-            measured, tuned = (latency["1"].value, latency["0"].value), True
+            measured, tuned = sorted((float(hit), score.value) for hit, score in latency.items()), True
         rate = break_even(
             layout,
             batch=1,

@@ -237,8 +237,23 @@ def write_kv(backend: Any, layer: Any, forward_batch: Any, k: torch.Tensor, v: t
     backend.token_to_kv_pool.set_kv_buffer(layer, KVWriteLoc(forward_batch.out_cache_loc, None), k, v, *scales)
 
 
+def check_fp8_writes(backend: Any) -> None:
+    """Check that the exact backend tells with which scales :func:`write_kv` has to store keys and values in fp8.
+
+    Raises
+    ------
+    SGLangChanged
+        If it does not: they would be stored as they are, and read as if divided.
+    """
+    if not hasattr(backend, "_kv_write_scales"):
+        raise SGLangChanged(
+            f"{type(backend).__name__} has no _kv_write_scales, by which an fp8 KV cache is written; install SGLang "
+            f"{_range()} on a GPU, or leave out --kv-cache-dtype"
+        )
+
+
 def exact_backend_class(device: str) -> type:
-    """SGLang's backend that serves prefill and everything that MAC does not: FlashInfer, on a CPU plain torch."""
+    """SGLang's backend that serves whatever a method does not: FlashInfer, on a CPU plain torch."""
     if device == "cpu":
         from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend as Exact
     else:
@@ -252,6 +267,13 @@ def _backend_names(runner: Any) -> tuple[str, str]:
         return runner.prefill_attention_backend_str, runner.decode_attention_backend_str
     prefill, decode = runner.server_args.get_attention_backends()  # until 0.5.17
     return prefill, decode
+
+
+def _stores_kv_outside(args: Any) -> bool:
+    """Whether keys and values go to a store that need not tell the namespaces of the prefix cache apart."""
+    switches = ("enable_lmcache", "enable_flexkv", "enable_unified_cache_external_linker")  # the last: after 0.5.17
+    stored = args.hicache_storage_backend is not None or args.radix_cache_backend == "flexkv"
+    return stored or any(getattr(args, name, False) for name in switches)
 
 
 def model_key(runner: Any) -> ModelKey:
@@ -274,8 +296,15 @@ def tensor_rank() -> int:
     return int(get_parallel().tp_rank)
 
 
-def check_runner(runner: Any) -> None:
-    """Refuse what MAC cannot serve, with every reason and the setting to change.
+def tensor_ranks() -> int:
+    """Number of tensor-parallel ranks."""
+    from sglang.srt.runtime_context import get_parallel
+
+    return int(get_parallel().tp_size)
+
+
+def check_runner(runner: Any, name: str) -> None:
+    """Refuse what the attention backend ``name`` cannot serve, with every reason and the setting to change.
 
     Raises
     ------
@@ -307,6 +336,15 @@ def check_runner(runner: Any) -> None:
         (args.enable_two_batch_overlap, "--enable-two-batch-overlap (leave it out)"),
         (getattr(args, "enable_beam_search", False), "beam search (leave out --enable-beam-search)"),
         (
+            args.enable_streaming_session,
+            "sessions that keep their row between turns (leave out --enable-streaming-session)",
+        ),
+        (
+            _stores_kv_outside(args),
+            "a KV store outside the server, from which an exact request could read KV made by approximation (leave out "
+            "--hicache-storage-backend, --enable-lmcache, --enable-flexkv and --enable-unified-cache-external-linker)",
+        ),
+        (
             check_cuda_graph_backend(Phase.DECODE, Backend.BREAKABLE),
             "breakable decode graphs (--cuda-graph-backend-decode full or disabled)",
         ),
@@ -315,4 +353,4 @@ def check_runner(runner: Any) -> None:
     )
     reasons = tuple(reason for holds, reason in checks if holds)
     if reasons:
-        raise UnsupportedError("--attention-backend mac", reasons, _HINT)
+        raise UnsupportedError(f"--attention-backend {name}", reasons, _HINT)

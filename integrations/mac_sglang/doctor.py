@@ -18,7 +18,7 @@ def examine() -> tuple[status.Step, ...]:
         return status.steps()
     status.attempt("SGLang finds the plugin", _found)
     plugin.register()
-    status.attempt("`mac` is a choice of --attention-backend", _chosen)
+    status.attempt("`mac` and `tca` are choices of --attention-backend", _chosen)
     status.attempt("hooks", hooks.apply)
     return status.steps()
 
@@ -38,5 +38,8 @@ def _found() -> None:
 
 
 def _chosen() -> None:
-    if not compat.is_attention_backend(plugin.NAME):
-        raise SGLangChanged("the name was not added; see the step `attention backend`")
+    from .backend import METHODS
+
+    missing = [name for name in METHODS if not compat.is_attention_backend(name)]
+    if missing:
+        raise SGLangChanged(f"{', '.join(missing)} was not added; see the step `attention backend`")

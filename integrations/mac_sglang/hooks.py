@@ -1,4 +1,4 @@
-"""Where SGLang's scheduler process tells MAC what happens: new requests, new passes, flushes, the prefix cache."""
+"""Where SGLang's scheduler process tells us what happens: new requests, new passes, flushes, the prefix cache."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import logging
 from typing import Any
 
 from . import compat, serving
-from .requests import EXACT_NAMESPACE, SCRATCH_ROW, BatchRow
+from .requests import EXACT_NAMESPACE, SCRATCH_ROW, BatchRow, in_exact_namespace
 
 logger = logging.getLogger(__name__)
 
 CUSTOM_PARAM = "mac"
-"""Key of a request's ``custom_params``; its only value is ``"exact"``."""
+"""Key of a request's ``custom_params``, for mac-kernels with any method; its only value is ``"exact"``."""
 
 
 def apply() -> None:
@@ -39,10 +39,10 @@ _applied = False
 
 
 def wants_exact(request: Any) -> str:
-    """Why a request runs exactly: it asked for it, or it is a beam search; empty otherwise."""
+    """Why a request runs exactly: it asked for it (or for the KV of such requests), or is a beam search; else empty."""
     params = request.sampling_params
     custom = params.custom_params
-    if isinstance(custom, dict) and custom.get(CUSTOM_PARAM) == "exact":
+    if in_exact_namespace(request.extra_key) or (isinstance(custom, dict) and custom.get(CUSTOM_PARAM) == "exact"):
         return "asked for exact"
     return "beam search" if (getattr(params, "beam_width", None) or 1) > 1 else ""
 
@@ -50,7 +50,8 @@ def wants_exact(request: Any) -> str:
 def _request_created(result: None, request: Any, *args: Any, **kwargs: Any) -> None:
     del result, args, kwargs
     if wants_exact(request) == "asked for exact":
-        request.extra_key = f"{request.extra_key or ''}|{EXACT_NAMESPACE}"
+        if not in_exact_namespace(request.extra_key):
+            request.extra_key = f"{request.extra_key or ''}|{EXACT_NAMESPACE}"
         return
     custom = request.sampling_params.custom_params
     if isinstance(custom, dict) and CUSTOM_PARAM in custom:
@@ -70,7 +71,7 @@ def _warn_of(value: str) -> None:
 def _batch_begins(result: Any, cls: type, batch: Any, model_runner: Any, **kwargs: Any) -> None:
     del cls, kwargs
     active = serving.current()
-    if active is not None and active.runner is model_runner:
+    if active is not None and active.site.runner is model_runner:
         slots = [SCRATCH_ROW if (row := compat.row_of(request)) is None else row for request in batch.reqs]
         extend = result.forward_mode.is_extend()
         active.begin(slots, functools.partial(batch_rows, result, batch.reqs, slots, extend=extend), extend=extend)

@@ -13,13 +13,13 @@ from typing import Any
 from mac_kernels.config import read_config
 from mac_kernels.errors import ConfigError
 
-DEFAULT_RING_SHARE = 0.04
-"""Part of the KV pool's bytes that the rings take where ``ring_memory_gb`` is not set."""
+DEFAULT_SHARE = 0.04
+"""Part of the KV pool's bytes that rings or far sets take where their option is not set."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServingOptions:
-    """How much memory a server gives to MAC, and what it measures.
+    """How much memory a server gives to MAC or TCA, and what it measures.
 
     Parameters
     ----------
@@ -28,7 +28,9 @@ class ServingOptions:
     snapshot_memory_gb : float, GiB of pinned host memory per rank, default 4.0
         Budget of the ring snapshots in the prefix cache, ``>= 0``; 0 turns them off.
     audit_rate : float, in [0, 1], default 0.0
-        Share of kv groups that are also computed exactly, to measure the error; 0 turns the audit off.
+        Share of kv groups that are also computed exactly, to measure the error; 0 turns the audit off. MAC alone.
+    index_memory_gb : float or None, GiB per GPU, default None
+        Budget of TCA's far sets, ``> 0``. ``None``: 4% of the KV pool, but at least those of one request.
 
     Raises
     ------
@@ -39,11 +41,16 @@ class ServingOptions:
     ring_memory_gb: float | None = None
     snapshot_memory_gb: float = 4.0
     audit_rate: float = 0.0
+    index_memory_gb: float | None = None
 
     def __post_init__(self) -> None:
-        ring, snapshot, rate = self.ring_memory_gb, self.snapshot_memory_gb, self.audit_rate
+        snapshot, rate = self.snapshot_memory_gb, self.audit_rate
+        budgets = [(name, getattr(self, name)) for name in ("ring_memory_gb", "index_memory_gb")]
         checks = [
-            ("ring_memory_gb", ring, ring is None or (_is_number(ring) and ring > 0), "a number > 0, or null for 4%"),
+            *(
+                (name, gb, gb is None or (_is_number(gb) and gb > 0), "a number > 0, or null for 4%")
+                for name, gb in budgets
+            ),
             ("snapshot_memory_gb", snapshot, _is_number(snapshot) and snapshot >= 0, "a number >= 0 (0: none)"),
             ("audit_rate", rate, _is_number(rate) and 0 <= rate <= 1, "a number in [0, 1] (0: off)"),
         ]

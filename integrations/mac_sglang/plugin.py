@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 
 from . import compat, status
 
 NAME = "mac"
-"""Of the attention backend and of the radix cache backend."""
+"""Of the plugin, and of the radix cache backend."""
 
 logger = logging.getLogger(__name__)
 _registered = False
 
 
 def register() -> None:
-    """Register the attention backend and the radix cache backend; a second call does nothing.
+    """Register the attention backends and the radix cache backend; a second call does nothing.
 
-    The radix cache backend need not be named: with this attention backend, snapshots of rings are kept beside whatever
-    prefix cache the server uses.
+    The radix cache backend need not be named: with ``--attention-backend mac``, snapshots of rings are kept beside
+    whatever prefix cache the server uses.
 
     Nothing of SGLang is changed here: hooks are applied when the backend is built, so a server with another attention
-    backend runs as if this package were not installed. A step that fails ends a server that asks for ``mac``, with the
-    reason, when it builds the backend.
+    backend runs as if this package were not installed. A step that fails ends a server that asks for ``mac`` or
+    ``tca``, with the reason, when it builds the backend.
     """
     global _registered
     if _registered:
@@ -35,9 +36,10 @@ def register() -> None:
 
 
 def _register_attention() -> None:
-    from .backend import build_backend
+    from .backend import METHODS, build_backend
 
-    compat.register_attention_backend(NAME, build_backend)
+    for name in METHODS:
+        compat.register_attention_backend(name, functools.partial(build_backend, name))
 
 
 def _register_radix() -> None:

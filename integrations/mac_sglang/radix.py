@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 
 from . import compat
 from .chain import TokenChain
-from .requests import EXACT_NAMESPACE
+from .requests import in_exact_namespace
 from .store import SnapshotService
 
 logger = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ class Notices:
     def matched(self, key: Any, request: Any) -> None:
         """A request was looked up: these are its tokens."""
         # an empty key stands for a request that must not share its KV
-        if len(key.token_ids) == 0 or EXACT_NAMESPACE in (key.extra_key or ""):
+        if len(key.token_ids) == 0 or in_exact_namespace(key.extra_key):
             return
         namespace = (key.extra_key, compat.cache_salt_of(key), request.lora_id)
         chain = self._chains.get(request)

@@ -94,7 +94,7 @@ class SnapshotService:
     rings : RingPool
         Whose rings are saved.
     budget_bytes : int
-        Host memory for snapshots, at least one ring; pinned with a GPU, taken when first needed.
+        Host memory for snapshots, at least one ring; taken at once, pinned with a GPU.
     min_tokens : int, default 0
         Prefixes shorter than this are not saved: they would never be used.
 

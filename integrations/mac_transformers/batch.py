@@ -13,7 +13,7 @@ from mac_kernels.support import resolve_backend
 
 from .block import Block, Seen
 from .intercept import AttentionHandler
-from .policies import Mac, Policy, Tca, Window, config_rows
+from .policies import Dense, Mac, Policy, Stored, Tca, config_rows
 from .rope import ModelRope
 from .tca_rows import TcaRows
 
@@ -49,14 +49,15 @@ class DecodeBatch:
         # kernels are compiled for the page size, here the capacity: lengths that are nearly alike share it
         self.capacity = -(-self.length // _ROUND) * _ROUND
         self.names = (FULL, *policies)
-        windows = {name: policy for name, policy in policies.items() if isinstance(policy, Window)}
+        dense = {name: policy for name, policy in policies.items() if isinstance(policy, Dense)}
         calls = self._calls(policies)
         tca = {name: policy for name, policy in policies.items() if isinstance(policy, Tca)}
-        places = [FULL, *windows, *tca, *(name for call in calls for name in call)]
+        places = [FULL, *dense, *tca, *(name for call in calls for name in call)]
         self.order = [places.index(name) for name in self.names]
-        self.num_policies, self.num_dense = len(places), 1 + len(windows)
+        self.num_policies, self.num_dense = len(places), 1 + len(dense)
         self._place = {name: place for place, name in enumerate(places)}
-        self._windows = windows
+        self._dense = dense
+        self.stored = [(policy, self._rows(name)) for name, policy in dense.items() if isinstance(policy, Stored)]
         self.blocks = [self._block(call, num_layers) for call in calls]
         self.tca = [
             TcaRows(policy, self._rows(name), layout=layout, num_layers=num_layers, length=self.length, device=device)
@@ -101,7 +102,7 @@ class DecodeBatch:
             trace = block.trace()
             self.records["group_hit"][step, :, block.rows] = trace.hit.float().mean(-1)
             self.records["head_hit"][step, :, block.rows] = trace.head_hit.float().mean(-1)
-            read[:, block.rows] = trace.kv_read.float().mean(-1) / length
+            read[:, block.rows] = trace.kv_read.float().mean(-1) / length + block.read_to_select()
             if self.observe is not None:
                 self.observe(self._seen_of(block, step, trace))
         self._share = read.mean(0)
@@ -147,15 +148,16 @@ class DecodeBatch:
     def _window_sizes(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Sinks and newest tokens of the dense rows, [rows] int64 each; full attention reads all as newest."""
         sinks, newest = [self._fill(0)], [self._fill(length)]
-        for window in self._windows.values():
-            sinks.append(self._fill(window.sinks))
-            if window.tokens is not None:
-                newest.append(self._fill(window.tokens))
+        for policy in self._dense.values():
+            sinks.append(self._fill(0 if isinstance(policy, Stored) else policy.sinks))
+            if isinstance(policy, Stored):
+                newest.append(self._fill(length))
+            elif policy.tokens is not None:
+                newest.append(self._fill(policy.tokens))
             else:
-                assert window.like is not None
-                first = self._place[window.like] * self.texts
-                share = self._share[first : first + self.texts]
-                newest.append(((share * length).round().long() - window.sinks).clamp(min=1))
+                assert policy.like is not None
+                share = self._share[self._rows(policy.like)]
+                newest.append(((share * length).round().long() - policy.sinks).clamp(min=1))
         return torch.cat(sinks), torch.cat(newest).clamp(max=length)
 
     def _seen_of(self, block: Block, step: int, trace: StepTrace) -> Seen:
@@ -200,6 +202,13 @@ class DecodeBatch:
             dtype=one.row_dtype,
             correction=one.config.correction,
             sketch_dim=one.sketch_dim if one.config.nominees is not None else 0,
+            index=one.index(
+                num_layers=num_layers,
+                num_kv_heads=self.layout.num_kv_heads,
+                num_rings=count,
+                max_context=self.capacity,
+                device=self.device,
+            ),
             device=self.device,
         )
         for row in range(count):
@@ -220,6 +229,7 @@ class DecodeBatch:
             torch.zeros_like(slots),
             {},
             {} if self._on_kernels(one) else None,
+            {},
         )
 
 
@@ -235,6 +245,8 @@ class _Prefill:
         batch, text, layer, length = self._batch, self._text, int(module.layer_idx), q.shape[2]  # type: ignore[arg-type]
         for cache, new in zip(batch.kv[layer], (k, v), strict=True):
             cache[text :: batch.texts, :, :length] = new
+            for policy, rows in batch.stored:
+                cache[rows.start + text, :, :length] = policy.round(new[0])
         kv = batch.paged(layer, slice(text, text + 1), batch.table(1, length))
         filled: list[Block] = []
         for block in batch.blocks:
@@ -243,6 +255,8 @@ class _Prefill:
                 self._fill(block, q, kv, layer, batch.rope(module), sm_scale)
                 filled.append(block)
             block.copy_rings(source or block, layer, text, batch.texts)
+            newest = q[0, :, -1][None]
+            block.select_prompt(newest, kv, layer=layer, text=text, texts=batch.texts, sm_scale=sm_scale)
         for sparse in batch.tca:
             if sparse.policy.prefill == "dense":
                 sparse.fill(q[0].transpose(0, 1), kv, text, layer=layer, sm_scale=sm_scale)
@@ -299,6 +313,8 @@ class _Decode:
         batch, layer = self._batch, int(module.layer_idx)  # type: ignore[arg-type]
         for cache, new in zip(batch.kv[layer], (k, v), strict=True):
             cache[:, :, self._position] = new[:, :, 0]
+            for policy, rows in batch.stored:
+                cache[rows, :, self._position] = policy.round(new[rows, :, 0])
         q = q[:, :, 0].contiguous()
         out, rope = torch.empty_like(q), batch.rope(module)
         for block in batch.blocks:

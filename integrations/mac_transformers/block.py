@@ -10,6 +10,7 @@ import torch
 from mac_kernels import BatchMacDecodeWithPagedKVCacheWrapper, MacConfig, PagedKV, PageTable, RingPool, Rope, StepTrace
 from mac_kernels.decode import stacked_trace
 from mac_kernels.step import reference_step
+from mac_kernels.tca import refresh_index
 
 from .policies import Mac
 
@@ -20,7 +21,7 @@ class Block:
 
     ``names``: the policy of every row; ``traces``: by layer, what the reference decided in the last pass; ``kernels``:
     by layer, the wrappers that serve the rows where the GPU's kernels run the policy (filled as layers are met);
-    ``None``: the reference does.
+    ``None``: the reference does. ``steps``: by layer, those decoded since tokens were selected for misses.
     """
 
     rows: slice
@@ -33,9 +34,15 @@ class Block:
     generations: torch.Tensor
     traces: dict[int, StepTrace]
     kernels: dict[int, BatchMacDecodeWithPagedKVCacheWrapper] | None
+    steps: dict[int, int]
 
     def step(self, q: torch.Tensor, out: torch.Tensor, kv: PagedKV, *, layer: int, rope: Rope, sm_scale: float) -> None:
         """One layer's step of the rows: ``q`` and ``out`` [rows, Hq, D], the latter written."""
+        if self.rings.index is not None:
+            anew = self.steps[layer] == self.rings.index.refresh
+            if anew:
+                self._select(q, kv, layer, self.slots, sm_scale)
+            self.steps[layer] = 0 if anew else self.steps[layer] + 1
         if self.kernels is None:
             result, self.traces[layer] = reference_step(
                 q,
@@ -69,6 +76,23 @@ class Block:
             return stacked_trace([self.kernels[layer] for layer in sorted(self.kernels)])
         return StepTrace(*map(torch.stack, zip(*(self.traces[layer] for layer in sorted(self.traces)), strict=True)))
 
+    def read_to_select(self) -> torch.Tensor:
+        """Share of the KV cache that each layer read in the last pass to select tokens for misses, [layers, 1]."""
+        anew = [self.rings.index is not None and not self.steps[layer] for layer in range(self.rings.num_layers)]
+        return 0.5 * torch.tensor(anew, device=self.slots.device)[:, None]  # all keys are half of the cache
+
+    def select_prompt(
+        self, q: torch.Tensor, kv: PagedKV, *, layer: int, text: int, texts: int, sm_scale: float
+    ) -> None:
+        """Select for the misses of all rows of one text by its last query [1, Hq, D]."""
+        index = self.rings.index
+        if index is None:
+            return
+        self._select(q, kv, layer, self.slots[text : text + 1], sm_scale)
+        self.steps[layer] = 0
+        for values in (index.ids, index.count, index.far_end, index.selected, index.dropped):
+            values[layer, text::texts] = values[layer, text].clone()
+
     def fills_like(self, other: Block) -> bool:
         """Whether a prompt leaves the same rows in the rings of both."""
         return self._filling() == other._filling()
@@ -81,7 +105,20 @@ class Block:
     def _filling(self) -> tuple[object, ...]:
         config, policy = self.policy.config, self.policy
         spans = config.window, config.band, config.sinks, config.correction
-        return spans, policy.row_dtype, policy.pool, self.rings.sketch_dim, self.kernels is None
+        plain = self.kernels is None, self.rings.index is None
+        return spans, policy.row_dtype, policy.pool, self.rings.sketch_dim, plain
+
+    def _select(self, q: torch.Tensor, kv: PagedKV, layer: int, slots: torch.Tensor, sm_scale: float) -> None:
+        refresh_index(
+            q,
+            kv,
+            kv.table.kv_len().tolist(),
+            rings=self.rings,
+            layer=layer,
+            slots=slots,
+            generations=torch.zeros_like(slots),
+            sm_scale=sm_scale,
+        )
 
     def _planned(self, kv: PagedKV, rope: Rope, sm_scale: float) -> BatchMacDecodeWithPagedKVCacheWrapper:
         wrapper, table = BatchMacDecodeWithPagedKVCacheWrapper("HND"), self.table

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
+from collections import Counter
 from typing import Any, cast
 
 import torch
@@ -22,6 +23,7 @@ from mac_kernels import (
     StepTrace,
     resolve_config,
 )
+from mac_kernels.tca import TcaBudgets, find_budgets, refresh_index
 
 from .fallback import Fallback, note_fallback
 from .info import LayerInfo, inspect_layer
@@ -30,9 +32,11 @@ from .model_key import model_key
 from .plan import DecodePlan
 from .rings import cut_rings, fill_rows, pick_rings, rings_for_batch
 from .step import SeenPass, Step, read_step
+from .tca_state import choices_of_layers
 
 NAME = "mac"
 """Of the attention implementation that decodes with a :class:`MacCache`."""
+_LONGEST = 131072  # context of a model that does not say
 _NOT_IN_USE = Fallback(
     "attention implementation",
     f'call model.set_attn_implementation("{NAME}"); models that do not use the attention interface are not covered',
@@ -57,11 +61,14 @@ class MacCache(DynamicCache):
         Of the stored rows; default fp32 for an fp32 model, otherwise bf16.
     record : bool, default False
         Keep the last :class:`mac_kernels.StepTrace` of every layer in ``traces``.
+    budgets : TcaBudgets, optional
+        For a config whose misses read selected tokens (``config.tca``). Default: those that
+        :func:`mac_kernels.tca.find_budgets` finds for this model.
 
     Raises
     ------
     ConfigError
-        If the preset is unknown, or a config file is wrong.
+        If the preset is unknown, a config file is wrong, or the budgets are missing or of another config.
 
     Notes
     -----
@@ -90,6 +97,7 @@ class MacCache(DynamicCache):
         *,
         ring_dtype: torch.dtype | None = None,
         record: bool = False,
+        budgets: TcaBudgets | None = None,
     ) -> None:
         super().__init__(config=model_config)
         self.layers = [MacLayer() if type(layer) is DynamicLayer else layer for layer in self.layers]
@@ -97,6 +105,10 @@ class MacCache(DynamicCache):
             config = resolve_config(model=model_key(model_config)).config
         self.mac_config = MacConfig.preset(config) if isinstance(config, str) else config
         self.ring_dtype, self.record = ring_dtype, record
+        self._choices: tuple[tuple[int, ...], ...] = ()
+        if self.mac_config.tca is not None:
+            budgets = find_budgets(model_key(model_config)) if budgets is None else budgets
+            self._choices = choices_of_layers(budgets, self.mac_config.tca, len(self.layers))
         self._text_config = model_config.get_text_config(decoder=True)
         self.layer_info: dict[int, LayerInfo] = {}
         self._exact_layers: dict[int, Fallback] = {}
@@ -107,6 +119,7 @@ class MacCache(DynamicCache):
         self._fallback: Fallback | None
         self._plans: dict[tuple[Any, ...], DecodePlan]
         self._epochs: dict[int, int]
+        self._steps: Counter[int]  # by layer, those decoded since tokens were selected for misses
         self._forget()
 
     def update(
@@ -178,11 +191,17 @@ class MacCache(DynamicCache):
             sm_scale=info.sm_scale,
             logits_soft_cap=info.logits_soft_cap,
         )
+        if self.mac_config.tca is not None:
+            self._select(layer_idx, query[:, :, -1])
 
     def decode(self, layer_idx: int, query: torch.Tensor) -> torch.Tensor:
         """Decode one token of every row: queries [B, Hq, D] after RoPE to outputs [B, Hq, D]."""
         plan, pages = self._planned(layer_idx), self._layer(layer_idx).pages()
         rings, ring_layer = self._rings_for(query.shape[0]), self.layer_info[layer_idx].ring_layer
+        if self.mac_config.tca is not None:
+            self._steps[layer_idx] += 1
+            if self._steps[layer_idx] > (self.mac_config.tca.refresh or 0):
+                self._select(layer_idx, query)
         if not self.record:
             return plan.run(query, pages, rings, ring_layer)
         out, self.traces[layer_idx] = plan.run_return_trace(query, pages, rings, ring_layer)
@@ -306,6 +325,22 @@ class MacCache(DynamicCache):
         assert isinstance(table, PageTable)  # what paged() makes
         return table
 
+    def _select(self, layer_idx: int, query: torch.Tensor) -> None:
+        """Select by the newest queries [B, Hq, D] what the misses of the next steps read."""
+        info, slots = self.layer_info[layer_idx], torch.arange(len(query), device=query.device)
+        refresh_index(
+            query.contiguous(),
+            self.paged(layer_idx),
+            (self.step.length - self.step.starts).tolist(),
+            rings=self._rings_for(len(query)),
+            layer=info.ring_layer,
+            slots=slots,
+            generations=torch.zeros_like(slots),
+            sm_scale=info.sm_scale,
+            logits_soft_cap=info.logits_soft_cap,
+        )
+        self._steps[layer_idx] = 0
+
     def _rings_for(self, batch: int) -> RingPool:
         if self.rings is None or self.rings.num_rings != batch:
             self.rings = self._new_rings(batch)
@@ -321,6 +356,8 @@ class MacCache(DynamicCache):
             num_layers=len(self.mac_layers),
             dtype=self.ring_dtype or default,
             device=keys.device,
+            choices=[self._choices[layer] for layer in self.mac_layers] if self._choices else (),
+            max_context=int(getattr(self._text_config, "max_position_embeddings", _LONGEST)),
         )
 
     def _pick(self, rows: torch.Tensor) -> None:
@@ -344,6 +381,7 @@ class MacCache(DynamicCache):
         """Drop everything derived from the tokens."""
         self.rings, self._step, self._seen, self._fallback = None, None, None, None
         self.traces, self._plans, self._epochs = {}, {}, {}
+        self._steps = Counter()
 
     def _layer(self, layer_idx: int) -> MacLayer:
         layer = self.layers[layer_idx]

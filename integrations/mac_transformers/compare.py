@@ -27,7 +27,8 @@ class Comparison:
 
     All on the CPU. ``kl`` [N, R, T] fp32, nats, KL(full || policy) of the next-token distributions; ``top1`` [N, R, T]
     bool, same most likely token as full attention; ``nll`` [N, R, T] fp32, nats, of the true next token, NaN where it
-    is not known; ``chosen`` [N + 1, R, T] int64, the most likely token before step i. Per layer, [N, L, R, T] fp32:
+    is not known; ``chosen`` [N + 1, R, T] int64, the most likely token before step i; ``margin`` [N, R, T] fp32, nats
+    by which it is more likely than the second after step i (of ``chosen[i + 1]``). Per layer, [N, L, R, T] fp32:
     ``group_hit`` and ``head_hit`` shares in [0, 1] (0 for policies without reuse); ``kv_read`` share of the KV cache
     read, averaged over kv groups; ``error`` relative L2 distance of the attention output from full attention's (closed
     loop: inputs differ too).
@@ -38,6 +39,7 @@ class Comparison:
     top1: torch.Tensor
     nll: torch.Tensor
     chosen: torch.Tensor
+    margin: torch.Tensor
     group_hit: torch.Tensor
     head_hit: torch.Tensor
     kv_read: torch.Tensor
@@ -49,7 +51,7 @@ class Comparison:
 
     def steps(self, low: int, high: int) -> Comparison:
         """The same comparison over the decode steps ``[low, high)``."""
-        per_step = ("kl", "top1", "nll", "group_hit", "head_hit", "kv_read", "error")
+        per_step = ("kl", "top1", "nll", "margin", "group_hit", "head_hit", "kv_read", "error")
         return dataclasses.replace(self, **{name: getattr(self, name)[low:high] for name in per_step})
 
 
@@ -79,7 +81,7 @@ def compare(
     continuation : torch.Tensor, [T, N + 1] int64
         Tokens after the prompt; -1 takes the row's own most likely token. N steps are decoded, the last token is only
         predicted.
-    policies : mapping of str to Mac, Tca or Window
+    policies : mapping of str to Mac, Tca, Window or Stored
         By name, besides ``"full"``, which is always measured first.
     progress : callable, optional
         Called as ``progress(done, total)``; the total counts prompts and steps.
@@ -164,13 +166,14 @@ def _logits(
 
 
 def _score(logits: torch.Tensor, target: torch.Tensor, texts: int) -> torch.Tensor:
-    """KL to the full row, top-1 agreement and NLL of the target of every row, [3, rows]."""
+    """KL to the full row, top-1 agreement, NLL of the target and margin of the most likely of every row, [4, rows]."""
     logp = functional.log_softmax(logits, dim=-1).view(-1, texts, logits.shape[-1])
     full = logp[0]
     kl = torch.stack([(full.exp() * (full - row)).sum(-1) for row in logp]).clamp(min=0)
     top1 = (logp.argmax(-1) == full.argmax(-1)).float()
     nll = -logp.flatten(0, 1).gather(1, target.clamp(min=0)[:, None])[:, 0]
-    return torch.stack([kl.flatten(), top1.flatten(), torch.where(target >= 0, nll, math.nan)])
+    first, second = logp.flatten(0, 1).topk(2).values.T
+    return torch.stack([kl.flatten(), top1.flatten(), torch.where(target >= 0, nll, math.nan), first - second])
 
 
 def _collect(batch: DecodeBatch, scores: list[torch.Tensor], chosen: list[torch.Tensor]) -> Comparison:
@@ -180,10 +183,16 @@ def _collect(batch: DecodeBatch, scores: list[torch.Tensor], chosen: list[torch.
         rows = rows.cpu()
         return rows.view(*rows.shape[:-1], len(order), -1).index_select(-2, order)
 
-    kl, top1, nll = arranged(torch.stack(scores, 1))
+    kl, top1, nll, margin = arranged(torch.stack(scores, 1))
     per_layer = {name: arranged(values[: len(scores)]) for name, values in batch.records.items()}
     return Comparison(
-        policies=batch.names, kl=kl, top1=top1.bool(), nll=nll, chosen=arranged(torch.stack(chosen)), **per_layer
+        policies=batch.names,
+        kl=kl,
+        top1=top1.bool(),
+        nll=nll,
+        chosen=arranged(torch.stack(chosen)),
+        margin=margin,
+        **per_layer,
     )
 
 

@@ -32,8 +32,3 @@ def note_fallback(fallback: Fallback, method: str = "MAC") -> None:
 def fallback_counts() -> dict[str, int]:
     """Exact attention calls (one per layer and forward pass) of this process, by reason."""
     return dict(_COUNTS)
-
-
-def reset_fallbacks() -> None:
-    """Forget all counts, so that every reason warns again."""
-    _COUNTS.clear()

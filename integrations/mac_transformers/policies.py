@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -14,7 +14,7 @@ from mac_kernels import InputError, MacConfig, MatchResult, RingPool, find_match
 from mac_kernels.match.accept import distance_cap
 from mac_kernels.ring import RingRows
 from mac_kernels.step import FindMatch
-from mac_kernels.tca import TcaBudgets, TcaConfig
+from mac_kernels.tca import MissIndex, TcaBudgets, TcaConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +23,7 @@ class Mac:
 
     ``row_dtype`` of the ring rows; ``sketch_dim`` as for :class:`mac_kernels.RingPool`, used if the config nominates
     rows; ``find`` matches and ``pool`` builds the rings: others than the defaults are for measuring alternatives.
+    ``budgets`` of the model, where misses read selected tokens (``config.tca``).
     """
 
     config: MacConfig = field(default_factory=MacConfig)
@@ -30,6 +31,18 @@ class Mac:
     sketch_dim: int | None = None
     find: FindMatch = find_match
     pool: type[RingPool] = RingPool
+    budgets: TcaBudgets | None = None
+
+    def __post_init__(self) -> None:
+        if (self.config.tca is None) != (self.budgets is None):
+            raise InputError("Mac(budgets=...) goes with a config that has tca; give both or neither")
+
+    def index(self, *, num_layers: int, num_kv_heads: int, **options: Any) -> MissIndex | None:
+        """What misses read, if they read selected tokens; ``options`` as for :class:`mac_kernels.tca.MissIndex`."""
+        if self.config.tca is None or self.budgets is None:
+            return None
+        choices = choices_of(self.budgets, self.config.tca, num_layers, num_kv_heads)
+        return MissIndex(choices, config=self.config.tca, **options)
 
     @property
     def is_plain(self) -> bool:
@@ -43,7 +56,7 @@ class Mac:
     def _call(self) -> tuple[object, ...]:
         per_row = ("threshold", "influence", "max_age")
         config = tuple((k, v) for k, v in self.config.to_dict().items() if k not in per_row)
-        return config, self.row_dtype, self.sketch_dim, self.find, self.pool
+        return config, self.row_dtype, self.sketch_dim, self.find, self.pool, self.budgets
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,23 +95,47 @@ class Tca:
             raise InputError(f"Tca(prefill={self.prefill!r}) must be 'sparse' or 'dense'")
 
     def choices(self, num_layers: int, num_kv_heads: int) -> tuple[tuple[int, ...], ...]:
-        """Candidate of every layer and kv head.
-
-        Raises
-        ------
-        InputError
-            If the budgets are those of a model of another shape.
-        """
-        key = self.budgets.key
-        if (key.num_layers, key.num_kv_heads) != (num_layers, num_kv_heads):
-            raise InputError(
-                f"the TCA budgets of {key.short_name} are for {key.num_layers} layers of {key.num_kv_heads} kv heads, "
-                f"the model has {num_layers} of {num_kv_heads}; run `mac-kernels tca calibrate` on this model"
-            )
-        return self.budgets.choices(self.config)
+        """Candidate of every layer and kv head (:func:`choices_of`)."""
+        return choices_of(self.budgets, self.config, num_layers, num_kv_heads)
 
 
-Policy = Mac | Window | Tca
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """Full attention over a KV cache kept in another dtype: the control that tells rounding from reuse.
+
+    Values beyond the dtype's range become its largest.
+    """
+
+    dtype: torch.dtype
+
+    def round(self, x: torch.Tensor) -> torch.Tensor:
+        """What comes back from the cache, in the dtype of ``x``."""
+        limit = torch.finfo(self.dtype).max
+        return x.clamp(-limit, limit).to(self.dtype).to(x.dtype)
+
+
+Dense = Window | Stored
+"""Policies that attend without state of their own."""
+Policy = Mac | Dense | Tca
+
+
+def choices_of(
+    budgets: TcaBudgets, config: TcaConfig, num_layers: int, num_kv_heads: int
+) -> tuple[tuple[int, ...], ...]:
+    """Candidate of every layer and kv head of a model of this shape.
+
+    Raises
+    ------
+    InputError
+        If the budgets are those of a model of another shape.
+    """
+    key = budgets.key
+    if (key.num_layers, key.num_kv_heads) != (num_layers, num_kv_heads):
+        raise InputError(
+            f"the TCA budgets of {key.short_name} are for {key.num_layers} layers of {key.num_kv_heads} kv heads, "
+            f"the model has {num_layers} of {num_kv_heads}; run `mac-kernels tca calibrate` on this model"
+        )
+    return budgets.choices(config)
 
 
 def find_newest(q_pre: torch.Tensor, rows: RingRows, position: torch.Tensor, *, config: MacConfig) -> MatchResult:

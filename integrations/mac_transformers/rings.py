@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from mac_kernels import HeadLayout, MacConfig, PagedKV, RingPool, Rope, fill_rings
+from mac_kernels.tca import MissIndex
 
 
 def rings_for_batch(
@@ -15,8 +18,14 @@ def rings_for_batch(
     num_layers: int,
     dtype: torch.dtype,
     device: torch.device,
+    choices: Sequence[Sequence[int]] = (),
+    max_context: int = 0,
 ) -> RingPool:
-    """Allocate rings for all layers; slots ``0 .. batch - 1`` get an empty ring each."""
+    """Allocate rings for all layers; slots ``0 .. batch - 1`` get an empty ring each.
+
+    ``choices`` (TCA candidates by layer and kv head) and ``max_context`` are for a config whose misses read selected
+    tokens.
+    """
     with torch.inference_mode(False):  # or a later step outside of inference mode could not write here
         rings = RingPool(
             num_rings=batch,
@@ -26,6 +35,9 @@ def rings_for_batch(
             dtype=dtype,
             correction=config.correction,
             sketch_dim=None if config.nominees is not None else 0,
+            index=None
+            if config.tca is None
+            else MissIndex(choices, config=config.tca, num_rings=batch, max_context=max_context, device=device),
             device=device,
         )
         for slot in range(batch):
@@ -77,3 +89,5 @@ def cut_rings(rings: RingPool, lengths: torch.Tensor) -> None:
     held = rings.slot_table.long()
     pos = rings.fields["pos"][:, held]  # [layers, B, W]
     rings.fields["pos"][:, held] = torch.where(pos < lengths[:, None], pos, -1)
+    if rings.index is not None:
+        rings.index.cut(held, lengths)

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer
 
-from mac_kernels import HeadLayout, InputError, UnsupportedError
+from mac_kernels import HeadLayout, UnsupportedError
 from mac_kernels.tca import TcaBudgets, TcaConfig, find_budgets
 
 from .fallback import Fallback
@@ -18,7 +18,7 @@ from .layer import MacLayer
 from .model_key import model_key
 from .step import SeenPass, Step, read_step
 from .tca_layer import EvictingLayer
-from .tca_state import FarState
+from .tca_state import FarState, choices_of_layers, unsupported_reasons
 
 NAME = "tca"
 """Of the attention implementation that attends with a :class:`TcaCache`."""
@@ -65,12 +65,7 @@ class TcaCache(DynamicCache):
         super().__init__(config=model_config)
         self.budgets = find_budgets(model_key(model_config)) if budgets is None else budgets
         self.tca_config = self.budgets.config if config is None else config
-        self.choices = self.budgets.choices(self.tca_config)
-        if len(self.choices) != len(self.layers):
-            raise InputError(
-                f"the TCA budgets of {self.budgets.key.short_name} are for {len(self.choices)} layers, the model has "
-                f"{len(self.layers)}; calibrate it: mac-kernels tca calibrate"
-            )
+        self.choices = choices_of_layers(self.budgets, self.tca_config, len(self.layers))
         evict = self.tca_config.mode == "evict"
         self.layers = [
             (EvictingLayer() if evict else MacLayer()) if type(layer) is DynamicLayer else layer
@@ -104,9 +99,13 @@ class TcaCache(DynamicCache):
         position_ids: torch.Tensor | None,
     ) -> Fallback | None:
         """Take note of a layer's call with query [B, Hq, N, D]; returns what speaks against TCA."""
-        layer = self.layers[cast(int, module.layer_idx)]
+        layer_idx = cast(int, module.layer_idx)
+        layer, choice = self.layers[layer_idx], self.choices[layer_idx]
         if not isinstance(layer, MacLayer):
             return Fallback("cache layer", "layers of another kind than full attention are not covered")
+        layout = HeadLayout(query.shape[1], len(choice), query.shape[3])
+        if reasons := unsupported_reasons(layout, self.tca_config, query.dtype, query.device):
+            return Fallback("shape", f"{'; '.join(reasons)}: no kernel of TCA covers this layer")
         length, count = layer.get_seq_length(), query.shape[2]
         call = attention_mask, position_ids, length, count
         if self._seen is None or not self._seen.covers(*call):

@@ -7,8 +7,9 @@ from types import ModuleType
 
 import torch
 
-from mac_kernels import PagedKV, tca
-from mac_kernels.tca import EvictedKV, FarSet, Selection, TcaConfig
+from mac_kernels import HeadLayout, InputError, PagedKV, tca
+from mac_kernels.paged import SUPPORTED_DTYPES
+from mac_kernels.tca import EvictedKV, FarSet, Selection, TcaBudgets, TcaConfig
 from mac_kernels.tca.candidates import decode_keep, far_capacity
 from mac_kernels.tca.select import empty_far_set
 
@@ -106,6 +107,38 @@ class FarState:
         grown = empty_far_set(batch, heads, room, config=self._config, device=far.ids.device)
         grown.ids[:, :, : far.ids.shape[2]] = far.ids
         return FarSet(grown.ids, far.count, far.far_end)
+
+
+def choices_of_layers(budgets: TcaBudgets, config: TcaConfig, num_layers: int) -> tuple[tuple[int, ...], ...]:
+    """Candidate of every layer and kv head.
+
+    Raises
+    ------
+    ConfigError
+        If the budgets were calibrated for another config.
+    InputError
+        If they are for another number of layers.
+    """
+    choices = budgets.choices(config)
+    if len(choices) != num_layers:
+        raise InputError(
+            f"the TCA budgets of {budgets.key.short_name} are for {len(choices)} layers, the model has {num_layers}; "
+            "calibrate it: mac-kernels tca calibrate"
+        )
+    return choices
+
+
+def unsupported_reasons(
+    layout: HeadLayout, config: TcaConfig, dtype: torch.dtype, device: torch.device
+) -> tuple[str, ...]:
+    """Return every reason why TCA cannot attend in such a layer on this device; empty if it can."""
+    known = ", ".join(str(one).removeprefix("torch.") for one in SUPPORTED_DTYPES)
+    reasons = () if dtype in SUPPORTED_DTYPES else (f"{dtype} ({known})",)
+    if device.type != "cuda":
+        return reasons
+    from mac_kernels.tca import fused  # imports triton
+
+    return (*reasons, *fused.unsupported_reasons(layout, config))
 
 
 def _functions(device: torch.device) -> ModuleType:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.metadata
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,9 +26,12 @@ from ..types import LOG2_E, HeadLayout, KVLayout
 
 HEAD_DIMS = (64, 128, 256)
 QUERY_DTYPES = (torch.bfloat16, torch.float16)
-FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
+FP8_DTYPES = (torch.float8_e4m3fn,)
 OLDEST = (0, 6, 15)
 """Before, the FA2 template did not take all of its bounds from the variant, or the wrapper lacked arguments."""
+NEWEST = (0, 7, 0)
+"""The newest that was tested."""
+_ATTRIBUTES = ("_jit_module", "_jit_additional_tensor_names")  # private; set from outside, read by plan() and run()
 _WORKSPACE = 4096  # bytes: without a split FlashInfer keeps nothing but four short lists
 # Scores leave LogitsTransform in base 2, so that FlashInfer's own "minus infinity" of old (-5e4) is far below all of
 # them. blockIdx.z is the kv head: the constructor is not told, and its range is needed before the first load. The
@@ -97,6 +101,24 @@ def flashinfer_version() -> tuple[int, ...] | None:
         return None
     release = text.split("+")[0].split(".post")[0].split("rc")[0].split(".dev")[0]
     return tuple(int(part) for part in release.split(".") if part.isdigit())
+
+
+def version_text(version: tuple[int, ...]) -> str:
+    """``(0, 7, 0)`` as ``"0.7.0"``."""
+    return ".".join(map(str, version))
+
+
+def lost_attributes() -> tuple[str, ...]:
+    """What :class:`RangeAttention` sets on FlashInfer's wrapper and the installed wrapper does not read."""
+    import flashinfer
+
+    source = inspect.getsource(flashinfer.BatchDecodeWithPagedKVCacheWrapper)
+    return tuple(name for name in _ATTRIBUTES if f"self.{name}" not in source)
+
+
+def takes_dtypes(q_dtype: torch.dtype, kv_dtype: torch.dtype) -> bool:
+    """Whether FlashInfer's FA2 kernels take these queries beside such a cache."""
+    return q_dtype in QUERY_DTYPES and kv_dtype in (q_dtype, *FP8_DTYPES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,7 +260,7 @@ def compiled_module(q_dtype: torch.dtype, kv_dtype: torch.dtype, head_dim: int) 
     InputError
         If FlashInfer's FA2 kernels do not take these dtypes.
     """
-    if q_dtype not in QUERY_DTYPES or kv_dtype not in (q_dtype, *FP8_DTYPES):
+    if not takes_dtypes(q_dtype, kv_dtype):
         raise InputError(
             f"backend 'flashinfer' needs bf16 or fp16 queries and a cache of the same dtype or fp8, got {q_dtype} and "
             f"{kv_dtype}; convert them or use backend='triton'"

@@ -2,7 +2,7 @@
 
 FlashInfer cuts keys on the host, for full lengths. When nearly all groups turn out to be short, the one that is not
 would run in a few thread blocks. Here every chunk becomes a row of an unsplit call: a query of its own, a place in the
-page table, a range for each kv head. Nothing that FlashInfer keeps to itself is touched.
+page table, a range for each kv head. FlashInfer's own plan is not touched.
 """
 
 from __future__ import annotations
@@ -62,7 +62,9 @@ def chunk_size(length, tiles, programs, MIN_CHUNK: tl.constexpr, STEP: tl.conste
 
 
 @triton.jit
-def copy_query(q_ptr, stride_qh, row_ptr, NUM_QO_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+def copy_tile_query(
+    q_ptr, stride_qh, row_ptr, NUM_QO_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr
+):
     """All heads of a request's query, 16 at a time."""
     offs_d = tl.arange(0, BLOCK_D)
     for first in range(0, NUM_QO_HEADS, 16):
@@ -134,7 +136,7 @@ def tiles_kernel(
         tl.store(bounds + 1, tl.where(begin < stop, tl.minimum(begin + chunk, stop), -1), mask=mask_h)
         tl.store(bounds + 2, own, mask=mask_h)
         tl.store(tile_begin_ptr + tile, tl.load(entries_begin_ptr + owner))
-        copy_query(
+        copy_tile_query(
             q_ptr + owner.to(tl.int64) * stride_qb, stride_qh,
             tile_q_ptr + tile.to(tl.int64) * (NUM_QO_HEADS * HEAD_DIM), NUM_QO_HEADS, HEAD_DIM, BLOCK_D,
         )  # fmt: skip

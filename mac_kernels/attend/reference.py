@@ -17,6 +17,7 @@ def partial_attention(
     sm_scale: float,
     logits_soft_cap: float = 0.0,
     return_kbar: bool = False,
+    keep: torch.Tensor | None = None,
 ) -> AttnState:
     """Attend to positions ``[start, stop)`` of every request.
 
@@ -36,6 +37,8 @@ def partial_attention(
         ``cap * tanh(logit / cap)``; 0 turns it off.
     return_kbar : bool, default False
         Also return the attention-weighted mean key.
+    keep : torch.Tensor, optional, [B, Hkv, L] bool
+        Positions that every kv group may read at all, ``L`` being at least the longest request. Default: all.
 
     Returns
     -------
@@ -48,6 +51,9 @@ def partial_attention(
     k, v = kv.gather(first, count)  # [B, N, Hkv, D]
     position = first[:, None] + torch.arange(count, device=q.device)
     mask = (position[:, None] >= start[:, :, None]) & (position < stop[:, None])[:, None]  # [B, Hq, N]
+    if keep is not None:
+        place = position.clamp(max=keep.shape[2] - 1)[:, None].expand(-1, keep.shape[1], -1)
+        mask = mask & keep.gather(2, place).repeat_interleave(kv.layout.group_size, dim=1)
     return masked_attention(q, k, v, mask, sm_scale=sm_scale, logits_soft_cap=logits_soft_cap, return_kbar=return_kbar)
 
 

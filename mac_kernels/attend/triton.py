@@ -10,7 +10,10 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from ..device import first_entry, scale_of
+from ..counters import READ
+from ..device import first_entry, scale_of, selection_of
+
+_READ = tl.constexpr(READ)
 
 
 @triton.jit
@@ -43,6 +46,7 @@ def attend_tiles(
     KBAR: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
+    listed_ptr=None,  # positions of the entries before jump_at, if they are others than their numbers
 ):
     """State over the entries ``[low, high)``: ``(out, lse2, kbar)``; an empty range gives (0, -inf, 0).
 
@@ -58,7 +62,10 @@ def attend_tiles(
     for first in tl.range(low, high, BLOCK_N, num_stages=STAGES):
         entry = first + tl.arange(0, BLOCK_N)
         mask_n = entry < high
-        position = tl.where(entry < jump_at, entry, entry + jump)
+        near = entry
+        if listed_ptr is not None:
+            near = tl.load(listed_ptr + entry, mask=mask_n & (entry < jump_at), other=0)
+        position = tl.where(entry < jump_at, near, entry + jump)
         page = tl.load(page_ptr + position // PAGE_SIZE, mask=mask_n, other=0).to(tl.int64)
         slot = (position % PAGE_SIZE).to(tl.int64)
         mask = mask_n[:, None] & (offs_d < HEAD_DIM)[None, :]
@@ -137,10 +144,21 @@ def rest_kernel(
     part_out_ptr,
     part_key_ptr,
     part_lse_ptr,
+    ids_ptr,
+    count_ptr,
+    far_end_ptr,
+    selected_ptr,
+    dropped_ptr,
+    spared_ptr,
+    counters_ptr,
+    refresh,
+    limit,
+    capacity,
     logit_scale,
     soft_cap,
     num_groups,
     num_programs,
+    SINKS: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -162,6 +180,9 @@ def rest_kernel(
     A group's state arrives in parts, one per program that shares it. Parts are numbered in the order of the tiles:
     program ``p`` writes its part of group ``g`` to slot ``p + g``, which no other pair has, and whoever holds the
     group's first tile notes the first slot and their number.
+
+    With an index (``ids_ptr`` is given) the rest of a missed group may be listed tokens and a dense window. The list's
+    entries are then counted down from the window, so that the others keep their numbers.
     """
     program = tl.program_id(0)
     if PDL:
@@ -171,6 +192,16 @@ def rest_kernel(
     known = groups < num_groups
     low_all = tl.load(group_ptr + groups * 8, mask=known, other=0)
     high_all = tl.load(group_ptr + groups * 8 + 1, mask=known, other=0)
+    if ids_ptr is not None:
+        selected_all, listed_all, window_all, _place_all = selection_of(
+            groups, known, group_ptr, count_ptr, far_end_ptr, selected_ptr, dropped_ptr, refresh, limit,
+            NUM_KV_HEADS, SINKS,
+        )  # fmt: skip
+        if program == 0:
+            spared = window_all - listed_all - low_all
+            tl.store(spared_ptr + groups, tl.where(selected_all >= 0, spared, -1), mask=known)
+            tl.atomic_add(counters_ptr + _READ, -tl.sum(spared.to(tl.int64), 0), sem="relaxed")
+        low_all = window_all - listed_all
     tiles = tiles_of(low_all, high_all, BLOCK_N)
     ends = tl.cumsum(tiles, 0)
     total = tl.sum(tiles, 0)
@@ -193,6 +224,15 @@ def rest_kernel(
         stop_tile = tl.minimum(end_tile, run_end)
         low = tl.load(group_ptr + group * 8)
         high = tl.load(group_ptr + group * 8 + 1)
+        window = 2147483647
+        listed_ptr = ids_ptr
+        if ids_ptr is not None:
+            _selected, listed, window, place = selection_of(
+                group, group >= 0, group_ptr, count_ptr, far_end_ptr, selected_ptr, dropped_ptr, refresh, limit,
+                NUM_KV_HEADS, SINKS,
+            )  # fmt: skip
+            low = window - listed
+            listed_ptr = ids_ptr + place.to(tl.int64) * capacity + (SINKS - low)
         begin_tile = end_tile - tiles_of(low, high, BLOCK_N)
         request = group // NUM_KV_HEADS
         kv_head = group % NUM_KV_HEADS
@@ -207,15 +247,17 @@ def rest_kernel(
         pages = page_ptr + first_entry(request, begin_ptr, ROW_STRIDE)
         if stop_tile - run == 1:  # the rest of a hit: a pipeline of one tile would only walk through its empty stages
             out, lse, key = attend_tiles(
-                q, start, stop, first, last, 2147483647, 0, k_head, v_head, pages,
+                q, start, stop, first, last, window, 0, k_head, v_head, pages,
                 stride_kp, stride_kt, stride_vp, stride_vt, logit_scale, soft_cap, k_scale, v_scale,
                 HEAD_DIM, BLOCK_M, BLOCK_D, BLOCK_N, PAGE_SIZE, SOFT_CAP, SCALES_ON_DEVICE, KBAR, PRECISION, 1,
+                listed_ptr,
             )  # fmt: skip
         else:
             out, lse, key = attend_tiles(
-                q, start, stop, first, last, 2147483647, 0, k_head, v_head, pages,
+                q, start, stop, first, last, window, 0, k_head, v_head, pages,
                 stride_kp, stride_kt, stride_vp, stride_vt, logit_scale, soft_cap, k_scale, v_scale,
                 HEAD_DIM, BLOCK_M, BLOCK_D, BLOCK_N, PAGE_SIZE, SOFT_CAP, SCALES_ON_DEVICE, KBAR, PRECISION, STAGES,
+                listed_ptr,
             )  # fmt: skip
         part = program + group
         base = part.to(tl.int64) * (GROUP * HEAD_DIM)

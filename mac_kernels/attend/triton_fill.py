@@ -210,6 +210,7 @@ def tag_kernel(
     ring_q_ptr,
     ring_pos_ptr,
     ring_anchor_ptr,
+    ring_seen_ptr,
     ring_sketch_ptr,
     ring_scale_ptr,
     sketch_index_ptr,
@@ -251,6 +252,8 @@ def tag_kernel(
         at = (row * NUM_KV_HEADS + kv_head) * GROUP + head
         to = ring_q_ptr + at[:, None] * HEAD_DIM + offs_d[None, :]
         tl.store(to, q_pre.to(ring_q_ptr.dtype.element_ty), mask=mask)
+        if ring_seen_ptr is not None:
+            tl.store(ring_seen_ptr + at, -1, mask=head < GROUP)
         image = sketch_image(
             q_row, stride_qh, cos_sin_ptr, position, sketch_index_ptr, sketch_sign_ptr,
             HEAD_DIM, ROTARY_DIM, INTERLEAVED, TERMS, SKETCH_DIM, BLOCK_T, BLOCK_K,

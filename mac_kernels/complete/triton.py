@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from ..device import end_of_step, rotation_at
+from ..device import end_of_step, rotation_at, selection_of
 
 
 @triton.jit
@@ -28,9 +28,17 @@ def complete_kernel(
     ring_lse_ptr,
     ring_pos_ptr,
     ring_anchor_ptr,
+    ring_seen_ptr,
+    count_ptr,
+    far_end_ptr,
+    selected_ptr,
+    dropped_ptr,
+    refresh,
+    limit,
     cos_sin_ptr,
     bypass_ptr,
     break_even,
+    SINKS: tl.constexpr,
     WINDOW: tl.constexpr,
     NUM_QO_HEADS: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
@@ -82,6 +90,13 @@ def complete_kernel(
     key = tl.zeros([BLOCK_D], tl.float32)
     if KBAR:
         key = tl.load(ring_key_ptr + stored + offs_d, mask=mask_d & reuse, other=0.0).to(tl.float32)
+    if ring_seen_ptr is not None:
+        seen, _listed, _window, _place = selection_of(
+            group, group >= 0, group_ptr, count_ptr, far_end_ptr, selected_ptr, dropped_ptr, refresh, limit,
+            NUM_KV_HEADS, SINKS,
+        )  # fmt: skip
+        inherited = tl.load(ring_seen_ptr + stored // HEAD_DIM, mask=reuse, other=-1)
+        seen = tl.where(reuse, inherited, seen)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
@@ -117,6 +132,8 @@ def complete_kernel(
         if KBAR:
             tl.store(ring_key_ptr + at * HEAD_DIM + offs_d, key.to(ring_key_ptr.dtype.element_ty), mask=mask_d)
         tl.store(ring_lse_ptr + at, lse)
+        if ring_seen_ptr is not None:
+            tl.store(ring_seen_ptr + at, seen)
         if head == 0:
             tl.store(ring_anchor_ptr + slot_row * NUM_KV_HEADS + kv_head, anchor)
             tl.store(ring_pos_ptr + slot_row, position)

@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Any
 _HOME = {
     "EvictedKV": "evict",
     "FarSet": "select",
+    "MissIndex": "index",
     "Selection": "select",
     "TcaBudgets": "budgets",
     "TcaConfig": "config",
     "compact": "reference",
     "find_budgets": "budgets",
     "importance": "select",
+    "refresh_index": "refresh",
     "select_far": "select",
     "select_prompt": "select",
     "sparse_decode": "reference",
@@ -22,12 +24,14 @@ _HOME = {
 __all__ = [
     "EvictedKV",
     "FarSet",
+    "MissIndex",
     "Selection",
     "TcaBudgets",
     "TcaConfig",
     "compact",
     "find_budgets",
     "importance",
+    "refresh_index",
     "select_far",
     "select_prompt",
     "sparse_decode",
@@ -38,7 +42,9 @@ if TYPE_CHECKING:
     from .budgets import TcaBudgets, find_budgets
     from .config import TcaConfig
     from .evict import EvictedKV
+    from .index import MissIndex
     from .reference import compact, sparse_decode, sparse_prefill
+    from .refresh import refresh_index
     from .select import FarSet, Selection, importance, select_far, select_prompt
 
 

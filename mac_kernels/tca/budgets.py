@@ -13,8 +13,8 @@ from typing import Any
 from ..config import read_config
 from ..errors import ConfigError
 from ..files import write_whole
-from ..places import config_places
-from ..tuned import ModelKey
+from ..places import Place, config_places
+from ..tuned import ModelKey, kind_of
 from ..tuned.schema import plain
 from .calibrate import MEASURES, Measure, choose
 from .candidates import NUM_SPARSE, mean_keep
@@ -163,9 +163,17 @@ class TcaBudgets:
 def find_budgets(
     key: ModelKey, *, environ: Mapping[str, str] | None = None, user_dir: Path | None = None
 ) -> TcaBudgets:
-    """The budgets of a model: from the folder that ``MAC_KERNELS_CONFIG`` names, the user's, or the package's own.
+    """The budgets of a model, see :func:`locate_budgets`."""
+    return locate_budgets(key, environ=environ, user_dir=user_dir)[0]
 
-    In a folder a file of the model's name and shape wins over one of its shape alone.
+
+def locate_budgets(
+    key: ModelKey, *, environ: Mapping[str, str] | None = None, user_dir: Path | None = None
+) -> tuple[TcaBudgets, Path]:
+    """The budgets of a model and their file: what ``MAC_KERNELS_CONFIG`` names, the user's folder, the package's own.
+
+    The variable names a folder or the file itself. In a folder a file of the model's name and shape wins over one of
+    its shape alone.
 
     Raises
     ------
@@ -173,14 +181,20 @@ def find_budgets(
         If no place has any, or a file is broken; the message says how to calibrate.
     """
     for place in config_places(environ, user_dir):
-        files = [TcaBudgets.load(path) for path in sorted(place.path.glob("tca,*.json"))]
-        fitting = [file for file in files if file.key.same_shape(key)]
+        files = [(TcaBudgets.load(path), path) for path in _paths(place)]
+        fitting = [found for found in files if found[0].key.same_shape(key)]
         if fitting:
-            return next((file for file in fitting if file.key.same_name(key)), fitting[0])
+            return next((found for found in fitting if found[0].key.same_name(key)), fitting[0])
     name = key.short_name or "this model"
     raise ConfigError(
         f"no TCA budgets for {name}; calibrate it once: mac-kernels tca calibrate --model {key.name or 'MODEL'}"
     )
+
+
+def _paths(place: Place) -> list[Path]:
+    if place.path.is_file():
+        return [place.path] if kind_of(read_config(place.path)) == "tca" else []
+    return sorted(place.path.glob("tca,*.json"))
 
 
 def _object(value: Any, source: str, where: str) -> dict[str, Any]:

@@ -60,7 +60,8 @@ def far_count(candidate: int, blocks: int, config: TcaConfig) -> int:
     """Tokens that a head keeps of ``blocks`` far blocks, sinks included; 0 for a dense head, which has no far part."""
     if candidate == NUM_SPARSE or blocks == 0:
         return 0
-    return config.sinks + sum(keep_by_rank(candidate, blocks, config.block))
+    pairs = zip(keep_counts(config.block), block_counts(candidate, blocks, config.block), strict=True)
+    return config.sinks + sum(keep * count for keep, count in pairs)
 
 
 def far_capacity(choice: Sequence[int], length: int, config: TcaConfig) -> int:

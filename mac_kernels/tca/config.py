@@ -7,11 +7,12 @@ import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
-
-import torch
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
 
 Rule = Literal["literal", "ours"]
 Mode = Literal["index", "evict"]

@@ -61,6 +61,24 @@ def select_prompt(
     UnsupportedError
         For the :func:`unsupported_reasons`.
     """
+    options: _Arguments = {"config": config, "sm_scale": sm_scale, "logits_soft_cap": logits_soft_cap}
+    return select_and_score(q_last, kv, kv_len, choice, **options)[0]
+
+
+def select_and_score(
+    q_last: torch.Tensor,
+    kv: PagedKV,
+    kv_len: Sequence[int],
+    choice: Sequence[int],
+    *,
+    config: TcaConfig,
+    sm_scale: float,
+    logits_soft_cap: float = 0.0,
+) -> tuple[Selection, torch.Tensor]:
+    """:func:`select_prompt`, and the importance of the tokens of all far blocks, [B, Hkv, N * block] fp32.
+
+    Of dense heads, and beyond a request's own far blocks, it is not written.
+    """
     batch, heads = len(q_last), kv.layout.num_kv_heads
     if len(kv_len) != batch or len(choice) != heads or any(not 0 <= one <= NUM_SPARSE for one in choice):
         raise InputError(
@@ -88,14 +106,15 @@ def select_prompt(
     splits = triton.next_power_of_2(max(1, 4 * _sms(device) // max(groups, 1)))
     width, rows = max(kv_len, default=0), batch * kv.layout.num_qo_heads
     part = torch.empty(2, rows, splits, device=device)
+    score = torch.empty(batch, heads, most * config.block, device=device)
     values |= {
-        **_far_arguments(far),
+        **far_arguments(far),
         "prefix_ptr": selection.prefix,
         "ends_ptr": known[2:],
         "logits_ptr": torch.empty(rows, width, device=device),
         "part_max_ptr": part[0],
         "part_sum_ptr": part[1],
-        "token_score_ptr": torch.empty(groups, most, config.block, device=device),
+        "token_score_ptr": score,
         "block_score_ptr": torch.empty(groups, most, device=device),
         "keep_ptr": torch.empty(groups, most, dtype=torch.int32, device=device),
         "alpha": config.alpha,
@@ -114,7 +133,7 @@ def select_prompt(
         _launch(rank_kernel, (triton.cdiv(most, 32), groups), values, num_warps=4, BLOCK_R=32, BLOCK_C=128)
     if groups:
         _launch(list_kernel, (max(most, 1), groups), values, num_warps=4, BLOCK_C=1024)
-    return selection
+    return selection, score
 
 
 def sparse_prefill(
@@ -156,7 +175,7 @@ def sparse_prefill(
         "stride_qn": q.stride(0),
         "stride_qh": q.stride(1),
         "qo_indptr_ptr": qo_indptr,
-        **_far_arguments(far),
+        **far_arguments(far),
         "prefix_ptr": selection.prefix,
         "compact_k_ptr": compact_kv[0],
         "compact_v_ptr": compact_kv[1],
@@ -199,7 +218,7 @@ def sparse_decode(
     out = torch.empty(q.shape, dtype=q.dtype, device=device)
     lse2 = torch.empty(q.shape[:2], dtype=torch.float32, device=device)
     values |= {
-        **_far_arguments(far),
+        **far_arguments(far, pool=True),
         "parts_ptr": torch.empty(groups, 2, dtype=torch.int32, device=device),
         "part_out_ptr": torch.empty(parts, layout.group_size, layout.head_dim, device=device),
         "part_lse_ptr": torch.empty(parts, layout.group_size, device=device),
@@ -237,7 +256,7 @@ def compact(
     """
     values, groups = _values(q, kv, config, sm_scale, logits_soft_cap), len(q) * kv.layout.num_kv_heads
     values |= {
-        **_far_arguments(far),
+        **far_arguments(far, pool=True),
         "keep_ptr": keep,
         "score_ptr": torch.empty(groups, config.block, device=q.device),
     }
@@ -316,7 +335,10 @@ def _values(
     return values
 
 
-def _far_arguments(far: FarSet) -> _Arguments:
+def far_arguments(far: FarSet, *, pool: bool = False) -> _Arguments:
+    """Arguments of a kernel that reads far sets; only with ``pool`` does it know those of a pool."""
+    if far.sets is not None and not pool:
+        raise InputError("these far sets belong to a pool, which this function does not read; pass far.of_batch()")
     for name in ("ids", "count", "far_end"):
         tensor = getattr(far, name)
         if tensor.dtype != torch.int32 or not tensor.is_contiguous():
@@ -327,6 +349,7 @@ def _far_arguments(far: FarSet) -> _Arguments:
         "ids_ptr": far.ids,
         "count_ptr": far.count,
         "far_end_ptr": far.far_end,
+        "sets_ptr": far.sets,
         "capacity": far.ids.shape[2],
     }
 

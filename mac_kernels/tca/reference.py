@@ -77,7 +77,7 @@ def sparse_decode(
     kv_len = kv.table.kv_len()
     length = int(kv_len.max())
     k, v = kv.gather(torch.zeros_like(kv_len), length)
-    mask = kept_mask(far, kv_len, length).repeat_interleave(kv.layout.group_size, dim=1)
+    mask = kept_mask(far.of_batch(), kv_len, length).repeat_interleave(kv.layout.group_size, dim=1)
     return masked_attention(q, k, v, mask, sm_scale=sm_scale, logits_soft_cap=logits_soft_cap)
 
 
@@ -116,12 +116,14 @@ def compact(
         If a far set has no room left, or more than one block is due: then the request was not selected after its
         prompt.
     """
-    due = torch.where(keep > 0, far_blocks_at(kv.table.kv_len() - 1, config)[:, None] - held_blocks(far, config), 0)
+    held, at = far.of_batch(), torch.arange(len(q), device=q.device) if far.sets is None else far.sets
+    due = torch.where(keep > 0, far_blocks_at(kv.table.kv_len() - 1, config)[:, None] - held_blocks(held, config), 0)
+    due = torch.where(at[:, None] >= 0, due, 0)
     if int(due.max()) > 1:
         raise InputError(f"{int(due.max())} blocks left the window at once; select the prompt before decoding")
     if not bool((due > 0).any()):
         return
-    first = torch.where(far.far_end > 0, far.far_end, config.sinks).amax(1).long()  # alike for all sparse heads
+    first = torch.where(held.far_end > 0, held.far_end, config.sinks).amax(1).long()  # alike for all sparse heads
     k, _ = kv.gather(first, config.block)
     grouped = q.float().view(len(q), kv.layout.num_kv_heads, kv.layout.group_size, -1)
     logits = torch.einsum("bhgd,blhd->bhgl", grouped, k) * sm_scale
@@ -129,14 +131,14 @@ def compact(
         logits = logits_soft_cap * torch.tanh(logits / logits_soft_cap)
     order = logits.softmax(-1).mean(2).argsort(dim=-1, descending=True, stable=True)  # [B, Hkv, block]
     for request, head in (due > 0).nonzero().tolist():
-        wanted = int(keep[head])
-        have = max(int(far.count[request, head]), config.sinks)
+        wanted, own = int(keep[head]), int(at[request])
+        have = max(int(held.count[request, head]), config.sinks)
         if have + wanted > far.ids.shape[2]:
             raise InputError(f"the far set has room for {far.ids.shape[2]} tokens, {have + wanted} are to be kept")
         best = order[request, head, :wanted].sort().values
-        far.ids[request, head, have : have + wanted] = (first[request] + best).int()
-        far.count[request, head] = have + wanted
-        far.far_end[request, head] = first[request] + config.block
+        far.ids[own, head, have : have + wanted] = (first[request] + best).int()
+        far.count[own, head] = have + wanted
+        far.far_end[own, head] = first[request] + config.block
 
 
 def held_blocks(far: FarSet, config: TcaConfig) -> torch.Tensor:

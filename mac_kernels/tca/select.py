@@ -23,11 +23,22 @@ class FarSet:
     ``ids`` [B, Hkv, C] int32, positions, ascending in ``[:count]``; the first ``sinks`` entries are the sinks even in
     an empty set, entries from ``count`` on are -1 otherwise; ``count`` [B, Hkv] int32, 0 where nothing is far (a short
     request, a dense head); ``far_end`` [B, Hkv] int32, where the dense window of the last position begins, 0 likewise.
+
+    With ``sets`` [B] int32 the three tensors belong to a pool (:class:`.pool.FarPool`), and request ``b`` has the sets
+    at ``sets[b]`` there; -1: it has none, and reads everything. For :func:`sparse_decode` and :func:`compact` alone.
     """
 
     ids: torch.Tensor
     count: torch.Tensor
     far_end: torch.Tensor
+    sets: torch.Tensor | None = None
+
+    def of_batch(self) -> FarSet:
+        """A copy of what the requests of a batch have; itself where it is not part of a pool."""
+        if self.sets is None:
+            return self
+        own, known = self.sets.clamp(min=0).long(), (self.sets >= 0)[:, None]
+        return FarSet(self.ids[own], self.count[own] * known, self.far_end[own] * known)
 
 
 class Selection(NamedTuple):

@@ -28,6 +28,16 @@ def kv_lengths(request, known, begin_ptr, length_ptr, PAGE_SIZE: tl.constexpr, R
 
 
 @triton.jit
+def far_set_of(group, known, sets_ptr, NUM_KV_HEADS: tl.constexpr):
+    """Place of a kv group's far set among all, and whether it has one; without ``sets_ptr`` it is the group's own."""
+    if sets_ptr is None:
+        return group, known
+    else:
+        own = tl.load(sets_ptr + group // NUM_KV_HEADS, mask=known, other=-1)
+        return tl.maximum(own, 0) * NUM_KV_HEADS + group % NUM_KV_HEADS, own >= 0
+
+
+@triton.jit
 def log2_weights(products, logit_scale, soft_cap, SOFT_CAP: tl.constexpr):
     """Logits in base 2; ``logit_scale`` holds log2 e, the cap acts on natural logits."""
     if SOFT_CAP:
@@ -130,6 +140,7 @@ def kept_kernel(
     ids_ptr,
     count_ptr,
     far_end_ptr,
+    sets_ptr,
     parts_ptr,
     part_out_ptr,
     part_lse_ptr,
@@ -164,8 +175,10 @@ def kept_kernel(
     groups = tl.arange(0, BLOCK_GROUPS)
     known = groups < num_groups
     length_all = kv_lengths(groups // NUM_KV_HEADS, known, begin_ptr, length_ptr, PAGE_SIZE, ROW_STRIDE)
-    count_all = tl.load(count_ptr + groups, mask=known, other=0)
-    entries_all = length_all - tl.load(far_end_ptr + groups, mask=known, other=0) + count_all
+    set_all, has_far = far_set_of(groups, known, sets_ptr, NUM_KV_HEADS)
+    count_all = tl.load(count_ptr + set_all, mask=has_far, other=0)
+    window_all = tl.load(far_end_ptr + set_all, mask=has_far, other=0)
+    entries_all = length_all - window_all + count_all
     tiles = tiles_of(0, entries_all, BLOCK_N)
     ends = tl.cumsum(tiles, 0)
     total = tl.sum(tiles, 0)
@@ -189,13 +202,16 @@ def kept_kernel(
         begin_tile = end_tile - tl.sum(tl.where(own, tiles, 0), 0)
         entries = tl.sum(tl.where(own, entries_all, 0), 0)
         stop_tile = tl.minimum(end_tile, run_end)
+        far_set = tl.sum(tl.where(own, set_all, 0), 0).to(tl.int64)
+        count = tl.sum(tl.where(own, count_all, 0), 0)
+        window = tl.sum(tl.where(own, window_all, 0), 0)
         request = group // NUM_KV_HEADS
         kv_head = group % NUM_KV_HEADS
         q_group = q_ptr + request.to(tl.int64) * stride_qb + kv_head * GROUP * stride_qh
         q = tl.load(q_group + head[:, None] * stride_qh + offs_d[None, :], mask=mask, other=0.0)
         out, lse = attend_kept(
             q, (run - begin_tile) * BLOCK_N, tl.minimum((stop_tile - begin_tile) * BLOCK_N, entries),
-            tl.load(count_ptr + group), tl.load(far_end_ptr + group), ids_ptr + group.to(tl.int64) * capacity,
+            count, window, ids_ptr + far_set * capacity,
             k_ptr + kv_head.to(tl.int64) * stride_kh, v_ptr + kv_head.to(tl.int64) * stride_vh,
             page_ptr + first_entry(request, begin_ptr, ROW_STRIDE),
             stride_kp, stride_kt, stride_vp, stride_vt, logit_scale * scale_of(k_scale, SCALES_ON_DEVICE), soft_cap,
@@ -269,6 +285,7 @@ def compact_kernel(
     ids_ptr,
     count_ptr,
     far_end_ptr,
+    sets_ptr,
     keep_ptr,
     score_ptr,
     logit_scale,
@@ -301,9 +318,10 @@ def compact_kernel(
     request = group // NUM_KV_HEADS
     kv_head = group % NUM_KV_HEADS
     newest, first_page = position_of(request, begin_ptr, length_ptr, PAGE_SIZE, ROW_STRIDE)
-    keep = tl.load(keep_ptr + kv_head)
-    begin = tl.maximum(tl.load(far_end_ptr + group), SINKS)
-    count = tl.maximum(tl.load(count_ptr + group), SINKS)
+    far_set, has_far = far_set_of(group, group >= 0, sets_ptr, NUM_KV_HEADS)
+    keep = tl.where(has_far, tl.load(keep_ptr + kv_head), 0)
+    begin = tl.maximum(tl.load(far_end_ptr + far_set), SINKS)
+    count = tl.maximum(tl.load(count_ptr + far_set), SINKS)
     end = SINKS + far_blocks(newest, SINKS, KEEP_BLOCK, LOCAL) * KEEP_BLOCK
     room = tl.where(keep > 0, (capacity - count) // tl.maximum(keep, 1), 0)
     end = tl.minimum(end, begin + room * KEEP_BLOCK)
@@ -317,7 +335,7 @@ def compact_kernel(
         logit_scale *= scale_of(k_scale, SCALES_ON_DEVICE)
         k_head = k_ptr + kv_head.to(tl.int64) * stride_kh
         scores = score_ptr + group * KEEP_BLOCK
-        listed = ids_ptr + group.to(tl.int64) * capacity
+        listed = ids_ptr + far_set.to(tl.int64) * capacity
         while begin < end:
             row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
             row_sum = tl.zeros([BLOCK_M], tl.float32)
@@ -344,5 +362,5 @@ def compact_kernel(
             tl.debug_barrier()
             count += keep
             begin += KEEP_BLOCK
-        tl.store(count_ptr + group, count)
-        tl.store(far_end_ptr + group, begin)
+        tl.store(count_ptr + far_set, count)
+        tl.store(far_end_ptr + far_set, begin)

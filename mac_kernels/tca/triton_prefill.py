@@ -13,7 +13,7 @@ from ..device import position_of, scale_of
 from .triton import far_blocks, kv_lengths, log2_weights
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["capacity", "far_rows", "rows"])
 def gather_kernel(
     k_ptr,
     v_ptr,
@@ -80,7 +80,7 @@ def gather_kernel(
         tl.store(compact_v_ptr + to, v.to(compact_v_ptr.dtype.element_ty))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_requests", "num_tiles"])
 def deal_kernel(
     qo_indptr_ptr,
     begin_ptr,
@@ -118,7 +118,7 @@ def deal_kernel(
     tl.store(to + 1, index * BLOCK_M - shift, mask=tile < num_tiles)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_prefixes", "far_rows", "rows"])
 def prefill_kernel(
     q_ptr,
     stride_qn,

@@ -12,7 +12,7 @@ from ..device import position_of, scale_of
 from .triton import far_blocks, log2_weights, wins_in_block
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["width"])
 def score_kernel(
     q_ptr,
     stride_qb,
@@ -87,7 +87,7 @@ def score_kernel(
         tl.store(part_sum_ptr + row * SPLITS + split, row_sum, mask=mask_h)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["width", "most_blocks"])
 def block_kernel(
     begin_ptr,
     length_ptr,
@@ -140,7 +140,7 @@ def block_kernel(
         tl.store(block_score_ptr + at_block, ranked)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_groups", "most_blocks"])
 def rank_kernel(
     begin_ptr,
     length_ptr,
@@ -186,7 +186,7 @@ def rank_kernel(
         tl.store(keep_ptr + group.to(tl.int64) * most_blocks + block, keep, mask=block < blocks)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["most_blocks", "capacity"])
 def list_kernel(
     begin_ptr,
     length_ptr,

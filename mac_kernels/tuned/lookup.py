@@ -213,7 +213,7 @@ def _single(place: Place) -> TunedFile | None:
     if not place.path.is_file():
         return None
     text = read_config(place.path)
-    return from_json(text, source=str(place.path)) if kind_of(text) else None
+    return from_json(text, source=str(place.path)) if kind_of(text) in ("kernel", "policy") else None
 
 
 def load(path: Path) -> TunedFile:

@@ -179,13 +179,13 @@ def to_json(file: TunedFile) -> str:
 
 
 def kind_of(text: str) -> str | None:
-    """``"kernel"`` or ``"policy"``; ``None`` for anything else, such as a plain config or a broken file."""
+    """``"kernel"``, ``"policy"`` or ``"tca"`` (budgets); ``None`` for others, such as a plain config or a broken file."""
     try:
         data = json.loads(text)
     except ValueError:
         return None
     kind = data.get("kind") if isinstance(data, dict) else None
-    return kind if kind in ("kernel", "policy") else None
+    return kind if kind in ("kernel", "policy", "tca") else None
 
 
 def from_json(text: str, *, source: str) -> TunedFile:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ import torchvision_ops  # noqa: F401  # imported for what it registers
 
 pytest.importorskip("transformers")
 
+from sglang_engines import Engines, save_model
 from tiny_models import FAMILIES, Family
 
 from mac_transformers import fallback
@@ -19,11 +22,17 @@ collect_ignore = ["sglang_cpu.py", "sglang_cpu_server.py", "sglang_tree.py"]
 
 
 @pytest.fixture(autouse=True)
-def fresh_fallback_counts() -> Iterator[None]:
+def fresh_fallback_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every test sees the first warning of every reason."""
-    fallback.reset_fallbacks()
-    yield
-    fallback.reset_fallbacks()
+    monkeypatch.setattr(fallback, "_COUNTS", Counter())
+
+
+@pytest.fixture(scope="session")
+def engines(tmp_path_factory: pytest.TempPathFactory) -> Engines:
+    """SGLang's, each of which runs once for all tests."""
+    model: Path = tmp_path_factory.mktemp("model")
+    save_model(model)
+    return Engines(model, tmp_path_factory.mktemp("engines"))
 
 
 @pytest.fixture

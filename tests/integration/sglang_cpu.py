@@ -28,18 +28,19 @@ def _work_around() -> None:
 
 
 def _count_into(path: Path) -> None:
-    """Let the scheduler process write what MAC counted to a file."""
-    from mac_sglang import backend, compat, serving
+    """Let the scheduler process write what was counted to a file."""
+    from mac_sglang import compat, serving
+    from mac_sglang.mac_serving import MacServing
 
-    begin = serving.start
+    activate = serving.activate
 
-    def started(*args: Any, **kwargs: Any) -> serving.Serving:
-        active = begin(*args, **kwargs)
+    def activated(active: Any) -> None:
+        counts = _counts if isinstance(active, MacServing) else _tca_counts
+        activate(active)
         if compat.tensor_rank() == 0:
-            active.on_step.append(lambda: path.write_text(json.dumps(_counts(active))))
-        return active
+            active.on_step.append(lambda: path.write_text(json.dumps(counts(active))))
 
-    backend.start = started
+    serving.activate = activated
 
 
 def _counts(active: Any) -> dict[str, Any]:
@@ -47,7 +48,7 @@ def _counts(active: Any) -> dict[str, Any]:
 
     totals = active.rings.counters.values.sum(0).tolist()
     snapshots = {} if active.snapshots is None else {
-        name: getattr(active.snapshots.stats, name) for name in ("saves", "hits", "rows_restored")
+        name: getattr(active.snapshots.stats, name) for name in ("saves", "hits", "rows_restored", "evictions")
     }  # fmt: skip
     return {
         "groups": {reason.name: totals[reason] for reason in Reason},
@@ -55,6 +56,17 @@ def _counts(active: Any) -> dict[str, Any]:
         "free_rings": active.rings.free_rings,
         "rings": active.rings.num_rings,
         "snapshots": snapshots,
+    }
+
+
+def _tca_counts(active: Any) -> dict[str, Any]:
+    read, total = active.kv_tokens.tolist()
+    return {
+        "read": read,
+        "total": total,
+        "prefill_tokens": active.prefill_tokens,
+        "fallbacks": dict(active.fallbacks),
+        "sets_in_use": active.pool.num_sets - active.pool.slots.free,
     }
 
 

@@ -8,7 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 
 from mac_kernels import AttnState, HeadLayout, InputError, MacConfig, RingPool, UnsupportedError, find_match
 from mac_transformers.compare import Comparison, compare
-from mac_transformers.policies import Mac, Window, find_newest
+from mac_transformers.policies import Mac, Stored, Window, find_newest
 
 VOCAB, PROMPT, STEPS = 61, 56, 14
 SMALL = {"window": 32, "band": 8, "sinks": 2, "min_context": 16}
@@ -46,6 +46,8 @@ def result(model: PreTrainedModel, tokens: torch.Tensor) -> Comparison:
         "paper": Mac(MacConfig.preset("paper", threshold=0.2, **SMALL)),
         "all": Window(tokens=1000),
         "w8": Window(tokens=8, sinks=2),
+        "bf16": Stored(torch.bfloat16),
+        "fp8": Stored(torch.float8_e4m3fn),
     }
     return compare(model, tokens[:, :PROMPT], tokens[:, PROMPT:], policies)
 
@@ -56,6 +58,8 @@ def test_full_rows_equal_the_unmodified_model(model: PreTrainedModel, tokens: to
     nll = -logp[:, PROMPT:-1].gather(2, tokens[:, PROMPT + 1 :, None])[..., 0]
     torch.testing.assert_close(result.nll[:, 0], nll.T, atol=1e-4, rtol=1e-4)
     assert torch.equal(result.chosen[:, 0], logp[:, PROMPT - 1 : -1].argmax(-1).T)
+    first, second = logp[:, PROMPT:-1].topk(2, dim=-1).values.unbind(-1)
+    torch.testing.assert_close(result.margin[:, 0], (first - second).T, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["full", "exact", "all"])
@@ -64,6 +68,18 @@ def test_policies_that_read_everything_have_no_divergence(result: Comparison, na
     assert result.kl[:, index].max() < 1e-5
     assert result.top1[:, index].all()
     assert (result.kv_read[:, :, index] == 1).all()
+
+
+def test_a_rounded_cache_costs_more_with_fewer_bits(result: Comparison) -> None:
+    bf16, fp8 = result.index("bf16"), result.index("fp8")
+    assert 1e-8 < result.kl[:, bf16].mean() < result.kl[:, fp8].mean() / 8  # three bits less of every number
+    assert (result.kv_read[:, :, [bf16, fp8]] == 1).all()
+    assert (result.group_hit[:, :, [bf16, fp8]] == 0).all()
+
+
+def test_what_a_dtype_cannot_hold_becomes_its_largest() -> None:
+    back = Stored(torch.float8_e4m3fn).round(torch.tensor([1000.0, -1000.0, 1.0, 1.01]))
+    assert back.tolist() == [448.0, -448.0, 1.0, 1.0]
 
 
 def test_a_window_reads_in_each_step_what_its_partner_read_in_the_one_before(result: Comparison) -> None:

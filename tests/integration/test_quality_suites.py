@@ -98,7 +98,7 @@ def test_kl_is_told_relative_to_a_curve(folder: Path, tmp_path: Path) -> None:
 def test_needle_scores_only_trials_that_full_attention_finds(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = tmp_path / "tiny.csv"
+    path, answers = tmp_path / "tiny.csv", tmp_path / "answers.jsonl"
     found = {"hidden": 0}
 
     def recall(trial: needle.Trial, answer: str) -> float:
@@ -108,13 +108,23 @@ def test_needle_scores_only_trials_that_full_attention_finds(
     monkeypatch.setattr(needle.Trial, "recall", recall)
     run(
         "needle", "--model", folder, "--configs", RULES, "--prompt-tokens", "1024", "--trials", "2", "--rows", "4",
-        "--tasks", "single", "--modes", "decoded", "--output", path,
+        "--tasks", "single", "--modes", "decoded", "--output", path, "--answers", answers,
     )  # fmt: skip
     rows = {(row.config, row.metric): row for row in table.read(path)}
     full, rule = rows["full", "found"], [row for (config, _), row in rows.items() if config.startswith("tau")]
     assert (full.n, full.value) == (3, pytest.approx(2 / 3, rel=1e-5))  # until two were found
-    assert {row.metric: row.n for row in rule} == {"recall": 2, "found": 3}
+    assert {row.metric: row.n for row in rule} == {"recall": 2, "found": 3, "lost": 3, "won": 3}
+    # of three recalls a trial (full, rule, window) every second is 1: the rule loses two trials and wins the other
+    assert {row.metric: row.value for row in rule} == pytest.approx(
+        {"recall": 0, "found": 1 / 3, "lost": 2 / 3, "won": 1 / 3}, rel=1e-5
+    )
     assert all(0 < row.kv_read < 1 for (config, _), row in rows.items() if config != "full")
+    given = [json.loads(line) for line in answers.read_text().splitlines()]
+    assert [(one["trial"], one["config"]) for one in given] == [
+        (trial, config) for trial in range(3) for config in ("full", *RULES.split())
+    ]
+    assert all(one["apart"] is None for one in given if one["config"] == "full")
+    assert all((one["apart"] is None) == (one["margin"] is None) for one in given)
 
 
 def test_needle_leaves_the_rules_out_where_full_attention_fails(folder: Path, tmp_path: Path) -> None:
@@ -130,7 +140,10 @@ def test_needle_leaves_the_rules_out_where_full_attention_fails(folder: Path, tm
     )  # fmt: skip
     assert path.read_bytes() == before  # drawn in vain, and not again
     found = [(row.config.split(":")[0][:3], row.metric, row.value, row.n) for row in table.read(path)]
-    assert found == [("ful", "found", 0.0, 4), ("tau", "found", 0.0, 1), ("win", "found", 0.0, 1)]
+    assert found == [
+        ("ful", "found", 0.0, 4),
+        *((rule, metric, 0.0, 1) for rule in ("tau", "win") for metric in ("found", "lost", "won")),
+    ]
 
 
 def test_sketch_writes_recall_of_every_kind(folder: Path, tmp_path: Path) -> None:

@@ -23,6 +23,15 @@ PARAMETERS = {
     "sglang.srt.plugins.hook_registry.HookRegistry._apply_target": ["target", "hooks"],
     "sglang.srt.model_executor.forward_batch_info.ForwardBatch.init_new": ["batch", "model_runner"],
     "sglang.srt.mem_cache.memory_pool.KVWriteLoc": ["loc", "swa_loc"],
+    "sglang.srt.mem_cache.memory_pool.MHATokenToKVPool.set_kv_buffer": [
+        "self", "layer", "loc_info", "cache_k", "cache_v", "k_scale", "v_scale",
+    ],
+    "sglang.srt.mem_cache.memory_pool.MHATokenToKVPool.get_kv_buffer": ["self", "layer_id"],
+    "sglang.srt.layers.attention.flashinfer_backend.FlashInferAttnBackend._kv_write_scales": ["self", "layer"],
+    "sglang.srt.configs.model_config.ModelConfig.get_total_num_kv_heads": ["self"],
+    "sglang.srt.model_executor.runner.decode_cuda_graph_runner.DecodeCudaGraphRunner.execute": [
+        "self", "forward_batch",
+    ],
     "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend.__init__": ["self", "model_runner"],
     "sglang.srt.layers.attention.base_attn_backend.AttentionBackend.init_forward_metadata": ["self", "forward_batch"],
     "sglang.srt.layers.attention.base_attn_backend.AttentionBackend.init_forward_metadata_out_graph": [
@@ -87,7 +96,7 @@ def test_dataclass_fields(owner: str, attributes: list[str]) -> None:
         ("sglang.srt.layers.radix_attention.RadixAttention", [
             "tp_q_head_num", "tp_k_head_num", "head_dim", "qk_head_dim", "v_head_dim", "scaling", "layer_id",
             "logit_cap", "sliding_window_size", "is_cross_attention", "attn_type", "xai_temperature_len",
-            "k_scale", "v_scale",
+            "k_scale", "v_scale", "k_scale_float", "v_scale_float",
         ]),
         ("sglang.srt.layers.rotary_embedding.RotaryEmbedding", ["rotary_dim", "is_neox_style"]),
     ],
@@ -96,6 +105,18 @@ def test_attributes_are_set_at_construction(owner: str, attributes: list[str]) -
     source = inspect.getsource(pkgutil.resolve_name(owner).__init__)
     missing = [name for name in attributes if f"self.{name}" not in source]
     assert not missing, f"{owner}.__init__ does not set {missing}"
+
+
+def test_settings_that_are_asked_for_exist() -> None:
+    from sglang.srt.server_args import ServerArgs
+
+    args = ServerArgs(model_path="dummy")
+    names = (
+        "kv_cache_dtype", "enable_page_major_kv_layout", "enable_unified_memory", "disaggregation_mode", "enable_pdmux",
+        "enable_two_batch_overlap", "enable_streaming_session", "hicache_storage_backend", "radix_cache_backend",
+        "enable_lmcache", "enable_flexkv", "disable_radix_cache", "enable_metrics", "served_model_name", "model_path",
+    )  # fmt: skip
+    assert not [name for name in names if not hasattr(args, name)]
 
 
 def test_request_row_is_where_compat_looks() -> None:
@@ -117,6 +138,27 @@ def test_unknown_version_is_refused_with_the_range(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(compat, "version", lambda: (0, 6, 0))
     with pytest.raises(compat.SGLangChanged, match=r"0\.6\.0.*0\.5\.17 to 0\.5\.23"):
         compat.check_version()
+
+
+def test_reads_are_fenced_where_the_backend_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
+
+    hooked: list[str] = []
+    monkeypatch.setattr(compat, "after", lambda target, hook: hooked.append(target))
+    compat.fence_reads_after_replay()
+    if hasattr(AttentionBackend, "shared_read_ends"):
+        assert not hooked
+        return
+    assert hooked == [compat.GRAPH_REPLAYED]
+    runner = inspect.getsource(importlib.import_module("sglang.srt.model_executor.model_runner"))
+    assert "war_fastpath_read_done_event" in runner
+
+
+def test_fp8_cache_that_would_be_written_unscaled_is_refused() -> None:
+    from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
+
+    with pytest.raises(compat.SGLangChanged, match=r"TorchNativeAttnBackend has no _kv_write_scales"):
+        compat.check_fp8_writes(TorchNativeAttnBackend.__new__(TorchNativeAttnBackend))
 
 
 def test_hook_is_applied_on_top_of_another_plugins_hook(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,14 +18,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
-import torch
-import transformers
+from sglang_engines import VOCAB, save_model
 
 from mac_sglang.client import Reply, Server, open_session
 
 pytestmark = [pytest.mark.sglang, pytest.mark.slow]
 
-VOCAB, LAYERS, KV_HEADS = 499, 2, 2
+LAYERS, KV_HEADS = 2, 2
 CONFIG = {
     "schema": 1,
     "mac": {"window": 32, "band": 8, "sinks": 2, "min_context": 24, "threshold": "-inf", "influence": None},
@@ -37,7 +36,7 @@ ARGUMENTS = (
     "--chunked-prefill-size 64 --random-seed 1 --enable-metrics --sleep-on-idle"
 )
 DRAW = random.Random(0)
-PROMPT, OTHER, THIRD = ([DRAW.randrange(3, VOCAB) for _ in range(n)] for n in (100, 120, 80))
+PROMPT, OTHER, THIRD, FOURTH = ([DRAW.randrange(3, VOCAB) for _ in range(n)] for n in (100, 120, 80, 90))
 T = TypeVar("T")
 
 
@@ -64,17 +63,6 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait(30)
-
-
-def save_model(folder: Path) -> None:
-    config = transformers.LlamaConfig(
-        vocab_size=VOCAB, hidden_size=64, intermediate_size=128, num_hidden_layers=LAYERS, num_attention_heads=4,
-        num_key_value_heads=KV_HEADS, head_dim=16, max_position_embeddings=512, tie_word_embeddings=False,
-        # the usual 0.02 makes attention almost uniform, and reuse almost exact
-        initializer_range=0.25,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    transformers.LlamaForCausalLM(config).save_pretrained(folder)
 
 
 def wait_until_healthy(address: str, process: subprocess.Popen[bytes], log: Path) -> None:
@@ -198,6 +186,27 @@ def test_a_client_that_hangs_up_leaves_the_server_right(url: str) -> None:
     for _ in range(3):
         ask(url, hang_up)
     assert generate(url, PROMPT, tokens=30, **exact).output_ids == want
+
+
+def test_new_weights_leave_no_ring_and_no_snapshot(url: str) -> None:
+    async def update(server: Server) -> Any:
+        async with server._request("GET", "/get_model_info") as response:
+            path = (await response.json())["model_path"]
+        # the prefix cache is left alone, so that rings and snapshots go for the weights' sake
+        body = {"model_path": path, "flush_cache": False}
+        async with server._request("POST", "/update_weights_from_disk", json=body) as response:
+            return await response.json()
+
+    first = generate(url, FOURTH)
+    before = metrics(url)
+    assert before["mac_snapshot_bytes"] > 0
+    assert ask(url, update)["success"]
+    assert metrics(url)["mac_snapshot_bytes"] == 0
+    again = generate(url, [*FOURTH, *first.output_ids, 5])
+    after = metrics(url)
+    assert again.meta["cached_tokens"] >= len(FOURTH)
+    assert after["mac_snapshot_events_total hits"] == before["mac_snapshot_events_total hits"]
+    assert after["mac_rings_in_use"] == 1
 
 
 def test_ab_speaks_to_a_real_server(url: str, tmp_path: Path) -> None:

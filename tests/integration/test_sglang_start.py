@@ -15,8 +15,8 @@ pytest.importorskip("sglang_cpu", exc_type=ImportError)  # its work-arounds come
 from mac_kernels import HeadLayout, MacConfig, UnsupportedError
 from mac_sglang import compat, status
 from mac_sglang.backend import build_backend
-from mac_sglang.layers import LayerMap, MacLayer, map_layers
-from mac_sglang.serving import _for_rank
+from mac_sglang.layers import LayerMap, ServedLayer, map_layers
+from mac_sglang.mac_serving import for_rank
 
 pytestmark = pytest.mark.sglang
 DIM, CONTEXT = 16, 64
@@ -49,8 +49,8 @@ def rotary(*, rotary_dim: int = DIM, neox: bool = True) -> Any:
     return RotaryEmbedding(DIM, rotary_dim, 128, 10000, neox, torch.float32)
 
 
-def layer_map(*owners: Owner) -> LayerMap:
-    return map_layers(nn.ModuleList(owners), kv_dtype=torch.bfloat16, context_len=CONTEXT)
+def layer_map(*owners: Owner, rotated: bool = True) -> LayerMap:
+    return map_layers(nn.ModuleList(owners), kv_dtype=torch.bfloat16, context_len=CONTEXT, rotated=rotated)
 
 
 def test_layers_that_share_a_rotation_share_a_kind() -> None:
@@ -85,8 +85,17 @@ def test_layer_that_mac_cannot_serve_is_exact_with_the_reason(changes: dict[str,
     assert not found.complete
 
 
+def test_layers_without_rotation_are_served_where_nobody_has_to_know_it() -> None:
+    found = layer_map(Owner(0, rotary()), Owner(1, None), Owner(2, rotary(), logit_cap=30.0), rotated=False)
+    assert found.complete
+    kinds = [layer.kind for layer in found.served.values()]
+    assert kinds[0] == kinds[1] != kinds[2]
+
+
 def test_cache_of_another_dtype_serves_no_layer() -> None:
-    found = map_layers(nn.ModuleList([Owner(0, rotary())]), kv_dtype=torch.float8_e5m2, context_len=CONTEXT)
+    found = map_layers(
+        nn.ModuleList([Owner(0, rotary())]), kv_dtype=torch.float8_e5m2, context_len=CONTEXT, rotated=True
+    )
     assert found.layout is None
     assert "float8_e5m2" in found.exact[0]
 
@@ -105,10 +114,10 @@ def test_queries_are_unrotated_with_the_models_own_table(neox: bool, rotary_dim:
 
 def test_tables_by_layer_and_head_are_cut_to_this_rank() -> None:
     kind = layer_map(Owner(0, rotary())).served[0].kind
-    layers = LayerMap({1: MacLayer(0, kind), 2: MacLayer(1, kind)}, {0: "sliding window"}, HeadLayout(2, 1, DIM))
+    layers = LayerMap({1: ServedLayer(0, kind), 2: ServedLayer(1, kind)}, {0: "sliding window"}, HeadLayout(2, 1, DIM))
     table = tuple(tuple(10.0 * layer + head + 1 for head in range(4)) for layer in range(3))
     config = MacConfig(influence_scale=table, thresholds=((0.1,), (0.2,), (0.3,)))
-    cut = _for_rank(config, layers, HeadLayout(2, 1, DIM), rank=1)
+    cut = for_rank(config, layers, HeadLayout(2, 1, DIM), rank=1)
     assert cut.influence_scale == ((13.0, 14.0), (23.0, 24.0))
     assert cut.thresholds == ((0.2,), (0.3,))
 
@@ -125,6 +134,8 @@ def runner(**changes: Any) -> Any:
     settings = {
         "kv_cache_dtype": "auto", "enable_page_major_kv_layout": False, "enable_unified_memory": False,
         "disaggregation_mode": "null", "enable_pdmux": False, "enable_two_batch_overlap": False,
+        "enable_streaming_session": False, "hicache_storage_backend": None, "enable_lmcache": False,
+        "enable_flexkv": False, "enable_unified_cache_external_linker": False, "radix_cache_backend": None,
     }  # fmt: skip
     arguments = SimpleNamespace(**{**settings, **{k: v for k, v in changes.items() if k in settings}})
     return SimpleNamespace(
@@ -139,7 +150,7 @@ def runner(**changes: Any) -> Any:
 
 
 def test_plain_server_is_accepted(parallel: None) -> None:
-    compat.check_runner(runner())
+    compat.check_runner(runner(), "mac")
 
 
 @pytest.mark.parametrize(
@@ -152,6 +163,11 @@ def test_plain_server_is_accepted(parallel: None) -> None:
         ({"enable_unified_memory": True}, "page-major"),
         ({"kv_cache_dtype": "fp8_e5m2"}, "--kv-cache-dtype auto, bf16 or fp8_e4m3"),
         ({"enable_two_batch_overlap": True}, "--enable-two-batch-overlap"),
+        ({"enable_streaming_session": True}, "leave out --enable-streaming-session"),
+        ({"hicache_storage_backend": "file"}, "leave out --hicache-storage-backend"),
+        ({"enable_lmcache": True}, "--enable-lmcache"),
+        ({"radix_cache_backend": "flexkv"}, "--enable-flexkv"),
+        ({"enable_unified_cache_external_linker": True}, "--enable-unified-cache-external-linker"),
         ({"model_config": SimpleNamespace(is_encoder_decoder=True)}, "encoder-decoder"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -160,14 +176,14 @@ def test_what_cannot_be_served_is_refused_with_the_setting(
     changes: dict[str, Any], reason: str, parallel: None
 ) -> None:
     with pytest.raises(UnsupportedError) as error:
-        compat.check_runner(runner(**changes))
+        compat.check_runner(runner(**changes), "mac")
     assert reason in str(error.value)
     assert "--attention-backend flashinfer" in str(error.value)
 
 
 def test_all_reasons_are_given_at_once(parallel: None) -> None:
     with pytest.raises(UnsupportedError) as error:
-        compat.check_runner(runner(use_mla_backend=True, enable_pdmux=True))
+        compat.check_runner(runner(use_mla_backend=True, enable_pdmux=True), "mac")
     assert len(error.value.reasons) == 2
 
 
@@ -179,4 +195,4 @@ def test_failed_step_of_the_plugin_ends_the_server_with_its_reason(monkeypatch: 
 
     status.attempt("attention backend", fail)
     with pytest.raises(compat.SGLangChanged, match="attention backend: KeyError: 'register_attention_backend'"):
-        build_backend(runner())
+        build_backend("mac", runner())

@@ -11,12 +11,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from mac_autotune.calibrate_tca import calibrate, default_window
 from mac_autotune.quality.rules import parse_rule, parse_rules
-from mac_kernels import ConfigError, InputError
+from mac_kernels import ConfigError, InputError, MacConfig
 from mac_kernels.tca import TcaConfig
 from mac_kernels.tca.candidates import NUM_SPARSE, decode_keep, far_count
 from mac_kernels.tca.config import far_blocks
 from mac_transformers.compare import Comparison, compare
-from mac_transformers.policies import Tca, Window
+from mac_transformers.policies import Mac, Tca, Window
 
 VOCAB, PROMPT, STEPS = 61, 76, 30
 CHOICES = [[0, 5], [NUM_SPARSE, 2]]
@@ -116,6 +116,72 @@ def test_rules_name_what_they_take(model: PreTrainedModel) -> None:
             parse_rule(wrong, budgets=[ours, literal])
     with pytest.raises(ConfigError, match="--budgets FILE"):
         parse_rule("tca")
+
+
+MAC = MacConfig(window=8, band=8, sinks=2, min_context=16, threshold=-0.6, influence=None, max_age=32)
+MISSES = dataclasses.replace(CONFIG, refresh=6, mass_target=0.05)  # a low target trusts nearly every selection
+
+
+@pytest.fixture(scope="module")
+def missed(model: PreTrainedModel, tokens: torch.Tensor) -> Comparison:
+    def mac(target: float, choices: list[list[int]]) -> Mac:
+        tca = dataclasses.replace(MISSES, mass_target=target)
+        return Mac(dataclasses.replace(MAC, tca=tca), budgets=budgets_for(model, choices))
+
+    policies = {
+        "mac": Mac(MAC),
+        "dense": mac(0.05, DENSE),
+        "distrusted": mac(1.0, CHOICES),
+        "mac+tca": mac(0.05, CHOICES),
+        "window:mac+tca": Window(like="mac+tca"),
+    }
+    return compare(model, tokens[:, :PROMPT], tokens[:, PROMPT:], policies)
+
+
+def test_misses_by_tca_are_mac_where_nothing_is_left_out(missed: Comparison) -> None:
+    """Dense heads, and selections that are never trusted; the reading of keys to select is what it costs."""
+    mac = missed.index("mac")
+    anew = (torch.arange(STEPS) % (MISSES.refresh + 1) == MISSES.refresh).float() / 2
+    assert bool((missed.group_hit[:, :, mac].mean((0, 2)) > 0.1).all())
+    for name in ("dense", "distrusted"):
+        place = missed.index(name)
+        torch.testing.assert_close(missed.kl[:, place], missed.kl[:, mac], atol=1e-5, rtol=1e-3)
+        assert torch.equal(missed.group_hit[:, :, place], missed.group_hit[:, :, mac])
+        more = missed.kv_read[:, :, place] - missed.kv_read[:, :, mac]
+        torch.testing.assert_close(more, anew[:, None, None].expand_as(more))
+
+
+def test_misses_by_tca_read_less_and_cost_something(missed: Comparison) -> None:
+    both, mac, window = (missed.index(name) for name in ("mac+tca", "mac", "window:mac+tca"))
+    selected = torch.arange(STEPS) % (MISSES.refresh + 1) == MISSES.refresh
+    less = (missed.kv_read[:, :, mac] - missed.kv_read[:, :, both])[~selected].mean((0, 2))
+    # the second layer's first head is dense, the other three keep few tokens of the far blocks
+    assert float(less[0]) > 1.5 * float(less[1]) > 0.1
+    assert float(missed.kl[:, both].mean()) > float(missed.kl[:, mac].mean())
+    shares = (missed.kv_read[:, :, place].mean(1) for place in (window, both))
+    ours, theirs = next(shares)[1:], next(shares)[:-1].clamp(max=1)  # a step that selects reads keys twice
+    assert bool(((ours - theirs).abs() < 2 / PROMPT).all())
+
+
+def test_rules_of_misses_by_tca(model: PreTrainedModel) -> None:
+    ours = budgets_for(model, CHOICES)
+    rule = "fast+tca,W=8,S=8,F=2,context=16,tca.mass=.5"
+    policy = parse_rule(rule, budgets=[ours])
+    tca = dataclasses.replace(CONFIG, mass_target=0.5, refresh=CONFIG.block)
+    config = MacConfig.preset("fast", window=8, band=8, sinks=2, min_context=16, tca=tca)
+    assert policy == Mac(config, budgets=ours)
+    assert parse_rule(rule + ",tca.refresh=3,rows=int8", budgets=[ours]).config.tca.refresh == 3
+    for wrong, why in (
+        ("fast+tca,W=8,S=8,F=2,context=16,tca.sinks=2", "--budgets FILE"),
+        ("fast+lsh", "unknown method 'lsh'"),
+        ("fast+tca,W=9,S=8,F=2,context=16", r"tca\.local_window=16 must be >= band \+ window = 17"),
+        ("fast,tca=on", "unknown key 'tca'"),
+        ("fast+tca,tca.mas=.5", "unknown key 'mas'"),
+    ):
+        with pytest.raises(ConfigError, match=why):
+            parse_rule(wrong, budgets=[] if "FILE" in why else [ours])
+    with pytest.raises(InputError, match="both or neither"):
+        Mac(config)
 
 
 def test_calibration_reads_each_passage_and_averages(model: PreTrainedModel, tokens: torch.Tensor) -> None:

@@ -12,11 +12,12 @@ from tca_budgets import CONFIG, budgets_for
 from tiny_models import FAMILIES, VOCAB, distinct_tokens
 
 import mac_transformers
-from mac_kernels import ConfigError, UnsupportedError
+from mac_kernels import ConfigError, HeadLayout, UnsupportedError
 from mac_kernels.tca.candidates import NUM_SPARSE
-from mac_transformers import TcaCache
+from mac_transformers import TcaCache, tca_cache
 from mac_transformers.compare import compare
 from mac_transformers.policies import Tca
+from mac_transformers.tca_state import unsupported_reasons
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SPARSE = [[0, 5], [NUM_SPARSE, 2]]
@@ -164,6 +165,40 @@ def test_after_eviction_rows_cannot_be_moved_nor_read_exactly(sparse_model: Any)
     hole[..., 50] = False
     with pytest.raises(UnsupportedError, match="pad on the left"), torch.no_grad():
         sparse_model(token, past_key_values=cache, attention_mask=hole, position_ids=later)
+
+
+def test_shapes_that_no_kernel_covers() -> None:
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    wide = HeadLayout(8, 2, 512)
+    config = dataclasses.replace(CONFIG, block=16)
+    assert unsupported_reasons(HeadLayout(8, 2, 256), config, torch.bfloat16, gpu) == ()
+    assert unsupported_reasons(wide, config, torch.float32, cpu) == ()
+    assert unsupported_reasons(wide, CONFIG, torch.float64, gpu) == (
+        "torch.float64 (float32, bfloat16, float16)",
+        "head_dim=512 (at most 256)",
+        "block=8 (at least 16)",
+    )
+
+
+@pytest.mark.parametrize("config", [CONFIG, EVICT], ids=["index", "evict"])
+def test_a_shape_that_no_kernel_covers_is_exact_said_once_and_counted(
+    sparse_model: Any, config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def on_a_gpu(layout: Any, config: Any, dtype: torch.dtype, device: torch.device) -> tuple[str, ...]:
+        return unsupported_reasons(layout, config, dtype, torch.device("cuda"))
+
+    monkeypatch.setattr(tca_cache, "unsupported_reasons", on_a_gpu)
+    cache = TcaCache(sparse_model.config, config, budgets=budgets_for(sparse_model, SPARSE))
+    with pytest.warns(mac_transformers.ExactFallbackWarning) as said:
+        tokens, logits = generate(sparse_model, prompt(70, 41), cache)
+    assert [str(one.message) for one in said] == [
+        "exact attention instead of TCA (shape): block=8 (at least 16): no kernel of TCA covers this layer"
+    ]
+    assert mac_transformers.fallback_counts() == {"shape": 2 * ARGUMENTS["max_new_tokens"]}
+    sparse_model.set_attn_implementation("sdpa")
+    expected, expected_logits = generate(sparse_model, prompt(70, 41))
+    assert tokens.equal(expected)
+    torch.testing.assert_close(logits, expected_logits, rtol=1e-4, atol=1e-4)
 
 
 def test_without_its_cache_or_budgets_tca_says_what_to_do(sparse_model: Any) -> None:

@@ -9,7 +9,16 @@ from typing import ClassVar
 import pytest
 import torch
 
-from mac_kernels import AttnState, BatchMacDecodeWithPagedKVCacheWrapper, HeadLayout, InputError, MacConfig, Rope
+from mac_kernels import (
+    AttnState,
+    BatchMacDecodeWithPagedKVCacheWrapper,
+    HeadLayout,
+    InputError,
+    MacConfig,
+    RingPool,
+    Rope,
+    UnsupportedError,
+)
 from mac_kernels.attend.flashinfer import HEAD_DIMS, RangeAttention, Ranges, Scores
 from mac_kernels.complete.flashinfer import merge_state
 from mac_kernels.complete.reference import merge_state as reference_merge
@@ -229,10 +238,10 @@ def test_fp32_is_refused() -> None:
     config = MacConfig(window=16, band=6, sinks=2, min_context=12)
     rope = Rope.from_inv_freq(torch.ones(32, device="cuda"))
     one = torch.ones(1, dtype=torch.int32, device="cuda")
-    wrapper.plan(torch.cat([zero, one]), zero, one, layout=layout, page_size=1, config=config, rope=rope)
-    assert "twice" in " ".join(wrapper.explain().notes)
-    from mac_kernels import RingPool
-
+    options = {"layout": layout, "page_size": 1, "config": config, "rope": rope}
+    with pytest.raises(UnsupportedError, match=r"torch\.float32 queries beside a torch\.float32 cache"):
+        wrapper.plan(torch.cat([zero, one]), zero, one, kv_data_type=torch.float32, **options)
+    wrapper.plan(torch.cat([zero, one]), zero, one, **options)  # said nothing of fp32: found out by the run
     rings = RingPool(num_rings=1, num_layers=1, layout=layout, window=16, device="cuda")
     cache = torch.zeros(1, 1, 2, 64, device="cuda")
     with pytest.raises(InputError, match="bf16 or fp16"):

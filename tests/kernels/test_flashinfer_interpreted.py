@@ -12,7 +12,16 @@ import torch
 import triton
 from flashinfer_model import ModelAttention
 
-from mac_kernels import HeadLayout, MacConfig, PagedKV, composed, support
+from mac_kernels import (
+    BatchMacDecodeWithPagedKVCacheWrapper,
+    HeadLayout,
+    MacConfig,
+    PagedKV,
+    Rope,
+    composed,
+    planning,
+    support,
+)
 from mac_kernels.attend.flashinfer_tiles import MIN_CHUNK, STEP, tiles_kernel
 from mac_kernels.composed import check_cache, flat_entries, page_units, token_view
 from mac_kernels.errors import InputError
@@ -23,6 +32,13 @@ from mac_kernels.testing.scenario import PagedStore
 interpreted = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="runs where TRITON_INTERPRET=1 (make test sets it)"
 )
+
+
+@pytest.fixture
+def offered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The backend can be planned here, without FlashInfer and a GPU."""
+    monkeypatch.setitem(support._CHECKS, "flashinfer", lambda *_: ())
+    monkeypatch.setattr(support, "_missing_flashinfer", lambda: ())
 
 
 @interpreted
@@ -40,14 +56,28 @@ class TestComposedInterpreted(DecodeConformance):
     test_paper_rule = None  # refused before a step is built: tests/unit/test_flashinfer_support.py
 
     @pytest.fixture(autouse=True)
-    def _without_flashinfer(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def _without_flashinfer(self, monkeypatch: pytest.MonkeyPatch, offered: None) -> None:
         def launch(*arguments: Any) -> LaunchParams:
             return dataclasses.replace(default_launch(*arguments), splits=2)
 
         monkeypatch.setattr(composed, "default_launch", launch)
         monkeypatch.setattr(composed, "RangeAttention", ModelAttention)
-        monkeypatch.setitem(support._CHECKS, "flashinfer", lambda *_: ())
-        monkeypatch.setattr(support, "_missing_flashinfer", lambda: ())
+
+
+@pytest.mark.parametrize(("version", "newer"), [((0, 7, 0), False), ((0, 7, 1), True), ((0, 10), True)])
+@pytest.mark.parametrize("correction", [True, False])
+def test_a_plan_notes_the_second_call_and_an_untested_version(
+    monkeypatch: pytest.MonkeyPatch, offered: None, version: tuple[int, ...], newer: bool, correction: bool
+) -> None:
+    monkeypatch.setattr(planning, "flashinfer_version", lambda: version)
+    mac, one = BatchMacDecodeWithPagedKVCacheWrapper(backend="flashinfer"), torch.ones(1, dtype=torch.int32)
+    mac.plan(
+        torch.tensor([0, 1]), 0 * one, one, layout=HeadLayout(4, 2, 64), page_size=1,
+        config=variant(correction=correction), rope=Rope.from_inv_freq(torch.ones(32)),
+    )  # fmt: skip
+    notes = mac.explain().notes
+    assert ["twice" in note for note in notes if "FlashInfer" in note] == [True] * correction
+    assert [note.startswith("flashinfer-python 0.") for note in notes if "untested" in note] == [True] * newer
 
 
 def dealt(lengths: torch.Tensor, *, tiles: int, programs: int) -> tuple[int, list[list[int]]]:

@@ -37,7 +37,7 @@ def forward() -> Iterator[torch.cuda.Stream]:
 
 def fill(pool: RingPool, slot: int, value: int, end: int) -> None:
     """Write rows of the last ``W`` positions before ``end``, every number ``value``, on the current stream."""
-    ring = pool._ring_of[slot]
+    ring = pool._slots.place_of(slot)
     position = torch.arange(end - pool.window, end, dtype=torch.int32, device="cuda")
     for name, field in pool.fields.items():
         if name != "pos":
@@ -47,7 +47,7 @@ def fill(pool: RingPool, slot: int, value: int, end: int) -> None:
 
 def values(pool: RingPool, slot: int) -> tuple[set[float], list[int]]:
     """Every number of the tagged rows, and the positions of these rows; the same in all layers."""
-    ring = pool._ring_of[slot]
+    ring = pool._slots.place_of(slot)
     pos = pool.fields["pos"][:, ring]
     assert bool((pos == pos[0]).all())
     rows = (pos[0] >= 0).nonzero().flatten()

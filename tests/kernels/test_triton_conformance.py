@@ -27,6 +27,7 @@ class TestTritonInterpreted(DecodeConformance):
         "group-bound": variant(nominees=15, match_scope="group", influence=0.35),
     }
     steps, rule_steps, chain_steps = 2, 10, 40
+    runs_selected = True
     test_rows_in_another_dtype = None  # bf16 rows
 
     def fill_rings(self, *args: Any, **kwargs: Any) -> None:
@@ -39,4 +40,4 @@ class TestTritonGpu(DecodeConformance):
     device = "cuda"
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
     cases = (*PAIRWISE_CASES, Case(head_dim=192, group=7, page_size=5), Case(head_dim=80, group=12, page_size=5))
-    capturable = True
+    capturable = runs_selected = True

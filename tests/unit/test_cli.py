@@ -112,6 +112,9 @@ def test_config_show_names_every_source(command, monkeypatch: pytest.MonkeyPatch
 
 
 def test_config_show_as_a_table_has_every_field(command) -> None:
+    misses = '{"refresh": 64, "local_window": 1024, "mass_target": 0.98}'
+    nested = command("config", "show", "--set", f"tca={misses}").out
+    assert '"local_window": 1024' in nested and '"refresh": 64' in nested
     text = command("config", "show", "--preset", "balanced").out
     assert all(name in text for name in MacConfig().to_dict())
     assert "preset balanced" in text

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mac_kernels import PRESETS, ConfigError, MacConfig
+from mac_kernels.tca import TcaConfig
 
 counts = st.integers(1, 10**6)
 configs = st.builds(
@@ -150,3 +151,37 @@ def test_unknown_preset_names_the_nearest():
 def test_configs_are_immutable():
     with pytest.raises(dataclasses.FrozenInstanceError):
         MacConfig().window = 3
+
+
+TCA = {"refresh": 128, "local_window": 1024, "mass_target": 0.98}
+
+
+def test_misses_by_tca_survive_json():
+    config = MacConfig(tca=TcaConfig(**TCA))
+    assert MacConfig.from_json(config.to_json()) == config == MacConfig.from_dict({"tca": TCA})
+    assert json.loads(config.to_json())["mac"]["tca"]["local_window"] == 1024
+    assert MacConfig().tca is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "tca", "message"),
+    [
+        ({}, {"mode": "evict", "refresh": None}, r"tca\.mode='evict' must be 'index'"),
+        ({}, {"refresh": None}, r"tca\.refresh=None must be set"),
+        ({}, {"sinks": 0}, r"tca\.sinks=0 must be sinks = 4"),
+        ({"window": 800}, {}, r"tca\.local_window=1024 must be >= band \+ window = 1056 tokens"),
+        ({"max_age": None}, {}, r"max_age=None must be set with tca"),
+        ({"recompute_loaded_groups": False}, {}, r"recompute_loaded_groups=False must be true with tca"),
+        ({}, {"mass": 0.9}, r"tca: unknown key 'mass'"),
+        ({}, {"block": 100}, r"tca: bad TcaConfig: block=100"),
+    ],
+    ids=["mode", "refresh", "sinks", "window", "age", "groups", "key", "value"],
+)
+def test_misses_by_tca_need_what_keeps_them_right(changes, tca, message):
+    with pytest.raises(ConfigError, match=message):
+        MacConfig.from_dict({**changes, "tca": {**TCA, **tca}})
+
+
+def test_tca_must_be_an_object():
+    with pytest.raises(ConfigError, match=r"tca=0\.9 must be null or an object of TcaConfig fields"):
+        MacConfig.from_dict({"tca": 0.9})

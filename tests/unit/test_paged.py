@@ -119,7 +119,7 @@ def test_rows_of_token_slots_are_pages_of_one_token(stored, first, count):
     (dict(seq_lens=torch.tensor([1])), "2 entries and seq_lens 1"),
     (dict(seq_lens=torch.tensor([1.0, 2.0])), r"seq_lens must be \[B\] int32 or int64"),
     (dict(req_to_token=torch.zeros(3, dtype=torch.int32)), r"must be \[rows, max_context\] int32"),
-    (dict(req_to_token=torch.zeros(4, 3, dtype=torch.int32).T), "contiguous rows"),
+    (dict(req_to_token=torch.zeros(4, 3, dtype=torch.int32).T), r"req_to_token must be contiguous .* got stride 3"),
     (dict(req_to_token=torch.full((3, 4), 9, dtype=torch.int32)), r"request 0 names token slots in \[9, 9\]"),
 ])  # fmt: skip
 def test_wrong_rows_are_named(change, message):
@@ -144,6 +144,13 @@ def test_wrong_scales_are_named(scales, message):
     store = PagedStore(1, 3, LAYOUT, page_size=2, generator=torch.Generator())
     with pytest.raises(InputError, match=message):
         PagedKV(store.k_cache, store.v_cache, store.table([3]), LAYOUT, "NHD", *scales)
+
+
+def test_scales_are_floats():
+    """Triton makes the integer 1 a part of the compiled kernel, which would then serve every later scale."""
+    store = PagedStore(1, 3, LAYOUT, page_size=2, generator=torch.Generator())
+    kv = PagedKV(store.k_cache, store.v_cache, store.table([3]), LAYOUT, "NHD", 1, 2)
+    assert [(type(scale), scale) for scale in (kv.k_scale, kv.v_scale)] == [(float, 1.0), (float, 2.0)]
 
 
 @pytest.mark.parametrize("longest", [0, 5])

@@ -22,7 +22,7 @@ from mac_autotune.quality.sketches import FittedSketch, SketchedMatch, SketchKin
 from mac_autotune.quality.texts import passages
 from mac_kernels import AttnState, ConfigError, HeadLayout, InputError, MacConfig, RingPool, find_match
 from mac_transformers.compare import Comparison
-from mac_transformers.policies import Mac, Window
+from mac_transformers.policies import Mac, Stored, Window
 
 
 @pytest.fixture(scope="module")
@@ -171,6 +171,9 @@ class TestRules:
         assert parse_rule("careful") == Mac(MacConfig())
         assert parse_rule("window:careful") == Window(like="careful")
         assert parse_rule("window:512") == Window(tokens=512)
+        assert parse_rule("full:fp8") == Stored(torch.float8_e4m3fn)
+        with pytest.raises(ConfigError, match="'full:int4' must name a dtype of the KV cache: bf16, fp8"):
+            parse_rule("full:int4")
         newest = parse_rule("newest,tau=.3")
         assert isinstance(newest, Mac)
         assert (newest.config.threshold, newest.config.nominees) == (0.3, None)
@@ -226,7 +229,7 @@ class TestSketches:
         for layout in (self.layout, HeadLayout(9, 3, 64), HeadLayout(32, 4, 128)):
             kinds = default_kinds(layout)
             assert len({kind.name for kind in kinds}) == len(kinds)
-            assert max(kind.nbytes(layout) for kind in kinds) <= 130  # the library's own has 128 codes and a scale
+            assert max(kind.nbytes(layout) for kind in kinds) <= 132  # the library's own has 128 codes and a scale
 
     @pytest.mark.parametrize("kind", default_kinds(layout), ids=lambda kind: kind.name)
     def test_a_repeated_query_is_elected_first(self, kind: SketchKind) -> None:
@@ -267,7 +270,7 @@ def test_metrics_of_a_known_comparison() -> None:
     nll[:, 1] = 0.1
     hits = torch.zeros(100, 3, 2, 2)
     hits[:, :, 1, 0] = 0.5
-    result = Comparison(("full", "x"), kl, zeros == 0, nll, torch.zeros(101, 2, 2), hits, hits, 1 - hits, hits)
+    result = Comparison(("full", "x"), kl, zeros == 0, nll, torch.zeros(101, 2, 2), zeros, hits, hits, 1 - hits, hits)
     found = divergence(result, "x", slice(0, 1))
     assert found["kl"].value == pytest.approx(0.495)
     assert found["kl"].low < 0.495 < found["kl"].high
@@ -285,7 +288,7 @@ def test_kl_is_compared_where_both_read_as_much() -> None:
     read = torch.tensor([1.0, 0.2, 0.4, 0.3, 0.5]).expand(120, 3, 5)[..., None]  # steps, layers, policies, texts
     kl = torch.tensor([0.0, 0.04, 0.01, 0.01, 0.001]).expand(120, 5)[..., None]
     zeros = torch.zeros(120, 5, 1)
-    result = Comparison(names, kl, zeros == 0, zeros, torch.zeros(121, 5, 1), read, read, read, read)
+    result = Comparison(names, kl, zeros == 0, zeros, torch.zeros(121, 5, 1), zeros, read, read, read, read)
     found = equal_read_ratio(result, "between", ["high", "low"], slice(0, 1))
     assert found is not None  # halfway between the points, their KL is the geometric mean, .02
     assert [found.value, found.low, found.high] == pytest.approx([0.5] * 3, rel=1e-4)

@@ -13,7 +13,7 @@ class TestReference(DecodeConformance):
     dtypes = (torch.float32, torch.bfloat16)
     rules: ClassVar[dict[str, MacConfig]] = {**CONFIGS, "scan": variant(nominees=None)}
     rule_steps = 24
-    runs_paper = True
+    runs_paper = runs_selected = True
 
 
 class TestReferenceFp16(DecodeConformance):

@@ -9,9 +9,9 @@ import pytest
 from mac_sglang import hooks
 
 
-def created(custom, **params) -> SimpleNamespace:
+def created(custom, extra_key="tenant", **params) -> SimpleNamespace:
     request = SimpleNamespace(
-        extra_key="tenant", sampling_params=SimpleNamespace(custom_params=custom, **params), origin_input_ids=[]
+        extra_key=extra_key, sampling_params=SimpleNamespace(custom_params=custom, **params), origin_input_ids=[]
     )
     hooks._request_created(None, request)
     return request
@@ -27,6 +27,14 @@ def test_exact_gets_a_namespace_of_its_own(caplog):
     assert request.extra_key == "tenant|mac:exact"
     assert hooks.wants_exact(request) == "asked for exact"
     assert not caplog.records
+
+
+@pytest.mark.parametrize("extra_key", ["mac:exact", "|mac:exact", "tenant|mac:exact"])
+@pytest.mark.parametrize("custom", [None, {"mac": "exact"}])
+def test_whoever_names_the_namespace_of_exact_requests_is_one(custom, extra_key):
+    request = created(custom, extra_key)
+    assert hooks.wants_exact(request) == "asked for exact"
+    assert request.extra_key == extra_key
 
 
 @pytest.mark.parametrize("custom", [None, {}, {"other": "exact"}, ["mac"]])

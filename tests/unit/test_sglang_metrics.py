@@ -15,6 +15,8 @@ import torch
 
 import mac_kernels as mk
 from mac_kernels import Reason
+from mac_kernels.tca import TcaConfig
+from mac_kernels.tca.pool import FarPool
 from mac_sglang.audit import AuditTotals
 
 prometheus = pytest.importorskip("prometheus_client")
@@ -31,7 +33,7 @@ def snapshot_stats(**values: int) -> SimpleNamespace:
 @dataclass
 class Serving:
     rings: mk.RingPool
-    kv_token_bytes: int = 64
+    site: Any = field(default_factory=lambda: SimpleNamespace(kv_token_bytes=64))
     padded_groups: int = 0
     fallbacks: collections.Counter[str] = field(default_factory=collections.Counter)
     snapshots: Any = None
@@ -148,13 +150,49 @@ def test_the_thread_publishes_and_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     assert exported("mac_groups_total", reason="HIT") == 5
 
 
+def exported_by_tca(**counts: int) -> tuple[Any, Any, Any]:
+    from mac_sglang.metrics import TcaMetrics
+
+    config = TcaConfig(block=8, local_window=16)
+    pool = FarPool(num_sets=2, num_slots=4, choices=[[1, 2]], max_len=64, config=config)
+    serving = SimpleNamespace(
+        site=SimpleNamespace(kv_token_bytes=64), fallbacks=collections.Counter({"no free far set": 1}), pool=pool,
+        kv_tokens=torch.zeros(2, dtype=torch.int64), **counts,
+    )  # fmt: skip
+    registry = prometheus.CollectorRegistry()
+    metrics = TcaMetrics(serving, LABELS, registry=registry)
+    metrics.record()
+    metrics.publish()
+    return metrics, registry, serving
+
+
+def names_in(registry: Any) -> set[str]:
+    names = {sample.name for metric in registry.collect() for sample in metric.samples}
+    return {name for name in names if not name.endswith("_created")}
+
+
+def test_tca_publishes_what_it_read_and_who_has_far_sets() -> None:
+    metrics, registry, serving = exported_by_tca(prefill_tokens=70)
+    serving.kv_tokens += torch.tensor([300, 1000])
+    serving.prefill_tokens += 30
+    serving.pool.acquire(1)
+    metrics.record()
+    metrics.publish()
+    found = {name: registry.get_sample_value(name, LABELS) for name in names_in(registry)}
+    assert found["mac_read_kv_bytes_total"] == 300 * 64
+    assert found["mac_skipped_kv_bytes_total"] == 700 * 64
+    assert found["mac_tca_prefill_tokens_total"] == 100
+    assert (found["mac_tca_far_sets"], found["mac_tca_far_sets_in_use"]) == (2, 1)
+    assert found["mac_tca_far_set_bytes"] == serving.pool.nbytes
+    assert registry.get_sample_value("mac_fallback_total", {**LABELS, "reason": "no free far set"}) == 1
+
+
 def test_the_dashboard_draws_only_what_is_published() -> None:
     exported = Exported()
     exported.count(0, Reason.HIT, 1)
     exported.serving.fallbacks.update({"sliding window": 1})
     exported.publish()
-    published = {sample.name for metric in exported.registry.collect() for sample in metric.samples}
-    published = {name for name in published if not name.endswith("_created")}
+    published = names_in(exported.registry) | names_in(exported_by_tca(prefill_tokens=1)[1])
     panels = [panel for panel in json.loads(DASHBOARD.read_text())["panels"] if "targets" in panel]
     drawn = {name for panel in panels for t in panel["targets"] for name in re.findall(r"\bmac_\w+", t["expr"])}
     assert drawn - published == set()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from collections import Counter
 
@@ -10,31 +11,44 @@ import torch
 
 from mac_kernels import HeadLayout, RingPool
 from mac_kernels.types import AttnState
-from mac_sglang.requests import BatchRow, RequestRings
+from mac_sglang.mac_serving import worth_storing
+from mac_sglang.requests import BatchRow, RequestTable
 
 LAYOUT = HeadLayout(num_qo_heads=2, num_kv_heads=1, head_dim=4)
 WINDOW, WORTHWHILE, ROWS = 4, 10, 5
 
 
 class Pool:
-    """SGLang's request pool, as far as it is used: row 0 is scratch."""
+    """SGLang's request pool, as far as it is used: row 0 is scratch, and 0.5.17 hands out what is free the longest."""
 
-    def __init__(self, rows: int = ROWS) -> None:
+    def __init__(self, rows: int = ROWS, *, oldest_first: bool = False) -> None:
         self.free_slots = list(range(1, rows + 1))
         self.req_generation = torch.zeros(rows + 1, dtype=torch.int64)
+        self._next = 0 if oldest_first else -1
 
     def give(self) -> int:
-        slot = self.free_slots.pop()
+        slot = self.free_slots.pop(self._next)
         self.req_generation[slot] += 1
         return slot
 
 
 class World:
-    def __init__(self, num_rings: int = ROWS, window: int = WINDOW) -> None:
-        self.pool = Pool()
-        self.rings = RingPool(num_rings=num_rings, num_layers=1, layout=LAYOUT, window=window, num_slots=ROWS + 1)
+    def __init__(
+        self,
+        num_rings: int = ROWS,
+        window: int = WINDOW,
+        latest: int | None = None,
+        rows: int = ROWS,
+        *,
+        oldest_first: bool = False,
+    ) -> None:
+        self.pool = Pool(rows, oldest_first=oldest_first)
+        self.rings = RingPool(num_rings=num_rings, num_layers=1, layout=LAYOUT, window=window, num_slots=rows + 1)
         self.reasons: Counter[str] = Counter()
-        self.table = RequestRings(self.rings, self.pool, worthwhile=WORTHWHILE, reasons=self.reasons)
+        self.table = RequestTable(
+            self.rings, self.pool, what="ring", worthwhile=WORTHWHILE, latest=latest, reasons=self.reasons,
+            wanted=functools.partial(worth_storing, window=window),
+        )  # fmt: skip
         self.restored: list[tuple[str, int, int]] = []
         self.steady_passes = 0
 
@@ -136,6 +150,20 @@ def test_without_a_free_ring_a_request_is_exact_until_one_is_free() -> None:
     assert world.ring_of(first) < 0
 
 
+@pytest.mark.parametrize("oldest_first", [False, True])
+def test_every_request_gets_a_ring_where_as_many_rings_are_free_as_requests_run(oldest_first: bool) -> None:
+    world = World(num_rings=4, rows=12, oldest_first=oldest_first)
+    running: list[int] = []
+    for number in range(60):
+        if len(running) == 2:
+            world.pool.free_slots.append(running.pop(0))
+        running.append(world.pool.give())
+        world.begin(prefill(running[-1], f"{number}", 20))
+        world.begin(*(decode(slot, f"{number - len(running) + 1 + at}", 21) for at, slot in enumerate(running)))
+        assert all(world.ring_of(slot) >= 0 for slot in running)
+    assert not world.reasons
+
+
 def test_exact_request_gets_no_ring_and_is_counted_once() -> None:
     world = World()
     slot = world.pool.give()
@@ -180,7 +208,7 @@ def test_passes_of_the_same_requests_are_steady_until_something_changes() -> Non
 
 @pytest.mark.parametrize("seed", range(20))
 def test_no_row_ever_shows_what_another_request_stored(seed: int) -> None:
-    draw, world = random.Random(seed), World(num_rings=3)
+    draw, world = random.Random(seed), World(num_rings=3, oldest_first=seed % 2 == 0)
     running: dict[int, tuple[str, int, int]] = {}  # slot -> rid, tokens, first token written
     for step in range(200):
         if world.pool.free_slots and draw.random() < 0.4:

@@ -101,6 +101,7 @@ def trace(reasons: list[list[int]], read: list[list[int]], lengths: list[int]) -
         stop=nothing,
         kv_read=torch.tensor(read),
         kv_len=torch.tensor(lengths),
+        sparse=nothing,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -120,6 +121,9 @@ def needle(
     prompt_tokens: PromptOption = 2048,
     trials: Annotated[int, typer.Option(min=1, help="Trials to score per task, full attention being right.")] = 20,
     rows: Annotated[int, typer.Option(min=1, help="Most sequences decoded at once (memory).")] = 16,
+    answers: Annotated[
+        Path | None, typer.Option(help="File to add every answer to, a line of JSON each, with where it leaves full's.")
+    ] = None,
     output: OutputOption = None,
     as_json: JsonOption = False,
     seconds: SecondsOption = None,
@@ -130,7 +134,7 @@ def needle(
     """
     from .needle import MODES, TASKS
     from .rules import parse_rules
-    from .sheet import Sheet
+    from .sheet import Sheet, append_answers
     from .suites import ANSWER_TOKENS, needle_suite
 
     for given, known in ((tasks, TASKS), (modes, MODES)):
@@ -150,7 +154,7 @@ def needle(
             ]
             cells = needle_suite(
                 bench, rules, tasks=[task], modes=wanted, prompt_tokens=prompt_tokens, trials=trials, rows=rows,
-                seconds=sheet.left(seconds),
+                seconds=sheet.left(seconds), told=functools.partial(append_answers, answers),
             )  # fmt: skip
             for found in cells:
                 sheet.add(found)

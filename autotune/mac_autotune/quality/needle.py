@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import string
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -21,7 +20,7 @@ MODES: tuple[Mode, ...] = ("asked", "decoded", "generated")
 """``asked``: the question is part of the prompt, only the answer is decoded. ``decoded``: the prompt ends before the
 question, whose tokens are then decoded under the policy too. ``generated``: before the question the policy also writes
 ``GENERATED`` tokens of its own."""
-GENERATED = 256
+GENERATED = 512  # a whole ring: no row is left that the prompt filled
 
 _NAMES = [
     "amber", "anchor", "basil", "beacon", "bishop", "bronze", "candle", "canyon", "cedar", "cobalt", "copper",
@@ -104,7 +103,7 @@ def multi_value(rng: random.Random) -> Puzzle:
 
 def variable_tracking(rng: random.Random) -> Puzzle:
     """A value handed on from variable to variable; the last one's value is asked for."""
-    names = ["".join(rng.sample(string.ascii_uppercase, 5)) for _ in range(3)]
+    names = rng.sample(_NAMES, 3)  # words: letters at random are several tokens each, which small models mix up
     value = str(rng.randrange(10_000, 100_000))
     chain = [f"VAR {names[0]} = {value}", *(f"VAR {b} = VAR {a}" for a, b in pairwise(names))]
     return Puzzle(
@@ -118,10 +117,12 @@ def variable_tracking(rng: random.Random) -> Puzzle:
 def common_words(rng: random.Random) -> Puzzle:
     """A word repeated far more often than the others; it is asked for."""
     words = rng.sample(_NAMES, 12)
+    days = [words[0]] * 10 + words[1:]
+    rng.shuffle(days)
     return Puzzle(
-        tuple(f"The word of the day is {word}." for word in (*[words[0]] * 10, *words[1:])),
+        tuple(f"The word of the day is {word}." for word in days),
         "Which word is the word of the day most often in the text above?",
-        "The word of the day is",
+        "The word of the day most often is",
         (words[0],),
     )
 

@@ -63,9 +63,11 @@ def _pool(formats: tuple[tuple[str, str], ...]) -> type[RingPool]:
             q_pre: torch.Tensor,
             state: AttnState,
             anchor: torch.Tensor,
+            seen: torch.Tensor | None = None,
         ) -> None:
             kbar = None if state.kbar is None else rounded("kbar", state.kbar)
             state = AttnState(rounded("out", state.out), state.lse2, kbar)
-            super().write(layer, rings, position, q_pre=rounded("q_pre", q_pre), state=state, anchor=anchor)
+            q_pre = rounded("q_pre", q_pre)
+            super().write(layer, rings, position, q_pre=q_pre, state=state, anchor=anchor, seen=seen)
 
     return RoundingPool

@@ -1,4 +1,4 @@
-"""Readable names of policies: ``careful``, ``tau=.6,beta=.15``, ``fast,rows=int8``, ``newest``, ``tca,mass=.5``."""
+"""Readable names of policies: ``careful``, ``tau=.6,beta=.15``, ``fast,rows=int8``, ``tca,mass=.5``, ``fast+tca``."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, get_args
 
+import torch
+
 from mac_kernels import PRESETS, ConfigError, MacConfig, find_match
 from mac_kernels.config import HeadTable
 from mac_kernels.step import FindMatch
 from mac_kernels.tca import TcaBudgets, TcaConfig
-from mac_transformers.policies import Mac, Policy, Tca, Window, find_newest
+from mac_transformers.batch import FULL
+from mac_transformers.policies import Mac, Policy, Stored, Tca, Window, find_newest
 
 from .rounding import STORED, rounding_pool
 from .sketches import Ballot, Basis, SketchedMatch, SketchKind
@@ -29,6 +32,7 @@ ALIASES = {
     "loaded_exact": "recompute_loaded_groups",
 }
 _FORMATS = {"rows": STORED, "q": ("q_pre",), "o": ("out",), "g": ("kbar",)}
+_DTYPES = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
 _WORDS = {"none": None, "on": True, "off": False}
 
 
@@ -40,11 +44,13 @@ def parse_rule(text: str, scale: HeadTable | None = None, budgets: Sequence[TcaB
     ``o`` or ``g`` = ``bf16``, ``fp8`` or ``int8`` (all stored rows, queries, outputs, mean keys); ``sketch`` = the name
     of a sketch kind (with ``k``, the rows it nominates); ``scale=on`` = the calibrated ``scale``. Without a preset it
     starts from the defaults without the influence bound, so that a rule's name says all that it bounds.
-    ``window:RULE`` and ``window:N`` are the sink + window control.
+    ``window:RULE`` and ``window:N`` are the sink + window control, ``full:bf16`` and ``full:fp8`` full attention over a
+    KV cache of that dtype.
 
     ``tca`` takes the first of the ``budgets`` that has all the fields of :class:`mac_kernels.tca.TcaConfig` that the
     rule names (``mass_target``, for short ``mass``, and ``refresh`` are free), and ``measure``; ``prefill=dense`` reads
-    the prompt exactly.
+    the prompt exactly. A preset with ``+tca`` behind its name lets MAC's misses read selected tokens; TCA's keys then
+    begin with ``tca.``, and ``tca.refresh`` is the block unless it is named.
 
     Raises
     ------
@@ -61,9 +67,14 @@ def parse_rule(text: str, scale: HeadTable | None = None, budgets: Sequence[TcaB
     if text.startswith("window:"):
         size = text.removeprefix("window:")
         return Window(tokens=int(size)) if size.isdigit() else Window(like=size)
+    if text.startswith(f"{FULL}:"):
+        return _stored(text)
     first, *rest = text.split(",")
     if first == "tca":
         return _tca(text, rest, budgets)
+    first, plus, method = first.partition("+")
+    if plus and method != "tca":
+        raise ConfigError(f"unknown method {method!r} in {text!r}; a preset may be followed by +tca")
     find: FindMatch = find_match
     base = PRESETS.get(first)
     if "=" in first:
@@ -72,8 +83,13 @@ def parse_rule(text: str, scale: HeadTable | None = None, budgets: Sequence[TcaB
         base, find = MacConfig(influence=None, nominees=None), find_newest
     if base is None:
         raise ConfigError(
-            f"unknown rule {first!r} in {text!r}; begin with one of {', '.join(PRESETS)}, newest, tca, window:"
+            f"unknown rule {first!r} in {text!r}; begin with one of {', '.join(PRESETS)}, newest, tca, window:, full:"
         )
+    found = None
+    if plus:
+        selecting = [pair.removeprefix("tca.") for pair in rest if pair.startswith("tca.")]
+        rest = [pair for pair in rest if not pair.startswith("tca.")]
+        found = _selecting(text, selecting, budgets)
     fields, sketch = base.to_dict(), ""
     formats: dict[str, str] = {}
     for pair in rest:
@@ -89,7 +105,7 @@ def parse_rule(text: str, scale: HeadTable | None = None, budgets: Sequence[TcaB
             if value != "on" or scale is None:
                 raise ConfigError(f"{pair!r} in {text!r} takes the calibrated scale; say scale=on and name its file")
             fields["influence_scale"] = scale
-        elif key in fields:
+        elif key in fields and key != "tca":
             fields[key] = _value(value)
         else:
             known = [*fields, *ALIASES, *_FORMATS, "sketch", "scale"]
@@ -97,8 +113,9 @@ def parse_rule(text: str, scale: HeadTable | None = None, budgets: Sequence[TcaB
     if sketch:
         find = _sketched(sketch, fields["nominees"])
         fields["nominees"] = None
-    config = MacConfig.from_dict(fields, source=text)
-    return Mac(config, pool=rounding_pool(formats), find=find) if formats else Mac(config, find=find)
+    config = MacConfig.from_dict({**fields, "tca": None if found is None else found.config}, source=text)
+    options: dict[str, Any] = {"find": find, "budgets": None if found is None else found.budgets}
+    return Mac(config, pool=rounding_pool(formats), **options) if formats else Mac(config, **options)
 
 
 def parse_rules(text: str, scale: HeadTable | None = None, budgets: Sequence[TcaBudgets] = ()) -> dict[str, Policy]:
@@ -116,6 +133,21 @@ def parse_rules(text: str, scale: HeadTable | None = None, budgets: Sequence[Tca
     if not rules:
         raise ConfigError("no rule given; e.g. --configs 'careful balanced window:careful'")
     return rules
+
+
+def _stored(text: str) -> Stored:
+    dtype = _DTYPES.get(text.removeprefix(f"{FULL}:"))
+    if dtype is None:
+        raise ConfigError(f"{text!r} must name a dtype of the KV cache: {', '.join(_DTYPES)}")
+    return Stored(dtype)
+
+
+def _selecting(text: str, pairs: Sequence[str], budgets: Sequence[TcaBudgets]) -> Tca:
+    """What misses read."""
+    found = _tca(text, pairs, budgets)
+    if found.config.refresh is not None:
+        return found
+    return dataclasses.replace(found, config=dataclasses.replace(found.config, refresh=found.config.block))
 
 
 def _tca(text: str, pairs: Sequence[str], budgets: Sequence[TcaBudgets]) -> Tca:

@@ -25,7 +25,7 @@ from mac_transformers.weights import find_weights
 
 from .csv import Row, read, upsert
 from .recall import Nomination
-from .suites import Bench, Cell
+from .suites import Answer, Bench, Cell
 
 RESULTS = Path("benchmarks/results/quality")
 _QUANTISATION = re.compile(r"\.I?Q\d\w*$")
@@ -136,6 +136,13 @@ class Sheet:
                 date=datetime.date.today().isoformat(),
                 command=_command(),
             )
+
+
+def append_answers(file: Path | None, answers: Iterable[Answer]) -> None:
+    """Add needle answers to a file of JSON lines."""
+    if file is not None:
+        with file.open("a", encoding="utf-8") as lines:
+            lines.writelines(json.dumps(asdict(answer)) + "\n" for answer in answers)
 
 
 def show_nominations(found: Mapping[str, Sequence[Nomination]], output: Path | None, *, as_json: bool) -> None:

@@ -55,7 +55,8 @@ class SketchKind:
     def nbytes(self, layout: HeadLayout) -> int:
         """Bytes per row and kv head."""
         images = layout.group_size if self.per_head else 1
-        return images * (math.ceil(self.dim * self.bits / 8) + 2)
+        scale = 4 if self.basis == "signed" else 2  # the library's own keeps its scale in fp32
+        return images * (math.ceil(self.dim * self.bits / 8) + scale)
 
 
 def default_kinds(layout: HeadLayout, *, budget: int = 128) -> list[SketchKind]:

@@ -39,6 +39,24 @@ class Cell:
 
 
 @dataclass(frozen=True, slots=True)
+class Answer:
+    """What one rule answered in one needle trial.
+
+    ``apart``: the first token of the answer that full attention did not give, and ``margin``, the nats by which full
+    attention preferred its own there; ``None`` where they agree.
+    """
+
+    task: str
+    context: int
+    trial: int
+    config: str
+    recall: float
+    text: str
+    apart: int | None
+    margin: float | None
+
+
+@dataclass(frozen=True, slots=True)
 class Bench:
     """A model, its tokenizer, and how progress is told."""
 
@@ -103,15 +121,18 @@ def needle_suite(
     trials: int,
     rows: int,
     seconds: float | None = None,
+    told: Callable[[Sequence[Answer]], None] = lambda answers: None,
 ) -> Iterator[list[Cell]]:
     """Retrieval against full attention, one task and mode after the other; every batch of trials gives the cell anew.
 
     Trials are drawn until ``trials`` are found in which full attention finds something (at most four times as many are
     drawn; the rules are left out once the first ``trials`` show that full attention fails). Metrics of a rule:
     ``recall``, the share of full attention's recall that it keeps where full attention finds something; ``found``, its
-    recall over all trials, to be compared with the same of ``full``. Choosing trials by what full attention finds is
-    unfair to all others on trials that could go either way; ``found`` is not. ``rows`` bounds how many sequences are
-    decoded at once; after ``seconds`` no further cell is begun and a cell ends with the trials that it has.
+    recall over all trials, to be compared with the same of ``full``; ``lost`` and ``won``, the shares of all trials in
+    which it finds less and more than full attention. Choosing trials by what full attention finds is unfair to all
+    others on trials that could go either way; the last three are not. ``rows`` bounds how many sequences are decoded at
+    once; after ``seconds`` no further cell is begun and a cell ends with the trials that it has. ``told`` is called
+    with the answers of every batch of trials.
     """
     begin = time.monotonic()
     for task in tasks:
@@ -119,7 +140,7 @@ def needle_suite(
             left = math.inf if seconds is None else begin + seconds - time.monotonic()
             if left <= 0:
                 return
-            yield from _needle_cell(bench, rules, task, mode, prompt_tokens, trials, rows, left)
+            yield from _needle_cell(bench, rules, task, mode, prompt_tokens, trials, rows, left, told)
 
 
 def freerun_suite(
@@ -191,6 +212,7 @@ def _needle_cell(
     trials: int,
     rows: int,
     seconds: float,
+    told: Callable[[Sequence[Answer]], None],
 ) -> Iterator[list[Cell]]:
     name, begin = f"{task}/{mode}", time.monotonic()
     recalls: list[np.ndarray] = []
@@ -201,7 +223,9 @@ def _needle_cell(
         seeds = range(low, min(low + size, 4 * trials))
         some = [needle.make_trial(bench.tokenizer, task, length=prompt_tokens, mode=mode, seed=seed) for seed in seeds]
         hopeless = low >= trials and scored < trials * _HOPELESS
-        recall, result = _ask(bench, some, {} if hopeless else rules, name)
+        given, result = _ask(bench, some, {} if hopeless else rules, name, seeds)
+        told(given)
+        recall = np.array([answer.recall for answer in given]).reshape(-1, len(some))
         scored += int((recall[0] > 0).sum())
         if hopeless:
             recall = np.concatenate((recall, np.full((len(rules), len(some)), math.nan)))
@@ -230,20 +254,22 @@ def _needle_cells(
         ran = ~np.isnan(recall[index])
         useful = ran & (recall[0] > 0)
         found = {"found": mean(recall[index, ran])}
+        gain = recall[index, ran] - recall[0, ran]
         if index == 0:
             reuse = metrics.Reuse(0.0, 0.0, 1.0)
         else:
             reuse = _mean_reuse([(metrics.reuse(result, rule, slice(None)), count) for result, count in results])
             if useful.any():
                 found["recall"] = mean(np.minimum(recall[index, useful] / recall[0, useful], 1.0))
+            found |= {"lost": mean((gain < 0).astype(float)), "won": mean((gain > 0).astype(float))}
         cells.append(Cell("needle", name, "docs", rule, prompt_tokens, ANSWER_TOKENS, reuse, found))
     return cells
 
 
 def _ask(
-    bench: Bench, trials: Sequence[needle.Trial], rules: Mapping[str, Policy], what: str
-) -> tuple[np.ndarray, Comparison]:
-    """Recall of full attention and of every rule, [1 + rules, trials]."""
+    bench: Bench, trials: Sequence[needle.Trial], rules: Mapping[str, Policy], what: str, seeds: Sequence[int]
+) -> tuple[list[Answer], Comparison]:
+    """What full attention and every rule answer, trials innermost."""
     result = compare(
         bench.model,
         torch.stack([trial.prompt for trial in trials]),
@@ -252,8 +278,17 @@ def _ask(
         progress=bench.step(what),
     )
     answers = needle.answers(bench.tokenizer, trials, result.chosen, answer_tokens=ANSWER_TOKENS)
-    recall = [[trial.recall(text) for trial, text in zip(trials, row, strict=True)] for row in answers]
-    return np.array(recall), result
+    given = []
+    for policy, texts_of in enumerate(answers):
+        for row, (trial, text) in enumerate(zip(trials, texts_of, strict=True)):
+            free = slice(len(trial.forced), len(trial.forced) + ANSWER_TOKENS)
+            apart = (result.chosen[free, policy, row] != result.chosen[free, 0, row]).nonzero()
+            first = int(apart[0]) if len(apart) else None
+            # the first token after an asked question is the exact prompt's: no rule can differ there
+            margin = None if first is None else result.margin[free.start + first - 1, 0, row].item()
+            config = result.policies[policy]
+            given.append(Answer(what, len(trial.prompt), seeds[row], config, trial.recall(text), text, first, margin))
+    return given, result
 
 
 def _text(bench: Bench, name: texts.TextName, prompt: int, steps: int, passages: int) -> torch.Tensor:

@@ -17,6 +17,7 @@ from .invariants import Invariants
 from .options import Options
 from .oracle import ChainOracle
 from .rows import compare_row
+from .selected import Selected
 from .serving import Serving
 from .session import Session, StepResult
 
@@ -38,7 +39,7 @@ __all__ = [
 ]
 
 
-class DecodeConformance(Invariants, Boundaries, Serving, Options):
+class DecodeConformance(Invariants, Boundaries, Serving, Options, Selected):
     """Every behavioural test of a decode backend; subclass it under a name that pytest collects.
 
     Set ``backend`` and ``device``; narrow or widen ``dtypes``, ``cases``, ``rules``, ``steps`` and ``chain_steps``;

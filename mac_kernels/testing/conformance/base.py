@@ -34,6 +34,8 @@ class Kit:
     """Steps of the long chain."""
     runs_paper: ClassVar[bool] = False
     """Whether the backend offers ``recompute_loaded_groups=False``."""
+    runs_selected: ClassVar[bool] = False
+    """Whether the backend offers ``tca``, misses that read selected tokens."""
     sums_rounded: ClassVar[bool] = False
     """Whether the backend sums softmax weights that are already rounded to the dtype of queries (as FlashInfer's FA2
     kernels do, by tensor cores); the yardstick then does so, too."""

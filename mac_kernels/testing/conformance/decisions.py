@@ -11,6 +11,7 @@ from ...config import HeadTable, MacConfig
 from ...types import Reason, StepTrace
 from .cases import Case
 from .rows import sketch_image
+from .selection import kept_positions
 
 if TYPE_CHECKING:
     from .session import Session, StepResult
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 def check_decisions(session: Session, result: StepResult, i: int, rows: dict[str, torch.Tensor] | None) -> None:
     """Check the decisions of entry ``i`` of a step against the ring rows [W, ...] it found (``None``: no ring)."""
     config, case, trace, t = session.config, session.case, result.trace, result.positions[i]
-    check_ranges(config, case, trace, i, t)
+    check_ranges(config, case, trace, i, t, kept=kept_positions(session, result, i))
     matched = trace.matched_pos[i]
     if rows is None:
         assert bool((trace.reason[i] == Reason.NO_RING).all()), f"reason {trace.reason[i]} without a ring"
@@ -140,8 +141,11 @@ def _of_head(table: HeadTable | None, layer: int, head: int, default: float) -> 
     return default if table is None else table[layer][head if len(table[layer]) > 1 else 0]
 
 
-def check_ranges(config: MacConfig, case: Case, trace: StepTrace, i: int, t: int) -> None:
-    """``[0, F) + [F, E(p)) + [E(p), E(m)) + [E(m), m]`` is ``0..m``, and no more is read than that."""
+def check_ranges(config: MacConfig, case: Case, trace: StepTrace, i: int, t: int, *, kept: torch.Tensor) -> None:
+    """``[0, F) + [F, E(p)) + [E(p), E(m)) + [E(m), m]`` is ``0..m``, and no more is read than that.
+
+    A group reads those positions of the rest that are ``kept`` [Hkv, t + 1] for it.
+    """
     stop = max(config.sinks, t + 1 - config.band)
     assert int(trace.kv_len[i]) == t + 1, f"kv_len {int(trace.kv_len[i])} at position {t}"
     assert int(trace.stop[i]) == stop, f"stop {int(trace.stop[i])} at {t}, should be {stop}"
@@ -153,5 +157,6 @@ def check_ranges(config: MacConfig, case: Case, trace: StepTrace, i: int, t: int
         got = int(trace.start[i, head])
         assert got == start, f"head {head} at {t} starts at {got}, should start at {start} (matched {p}, {reused=})"
     lowest = trace.start[i].view(-1, case.group).amin(1)
-    read = [min(stop - int(first) + max(t + 1 - stop, 0) + config.sinks, t + 1) for first in lowest]
+    rest = [int(kept[head, int(first) : stop].sum()) for head, first in enumerate(lowest)]
+    read = [min(some + max(t + 1 - stop, 0) + config.sinks, t + 1) for some in rest]
     assert trace.kv_read[i].tolist() == read, f"kv_read {trace.kv_read[i].tolist()} at {t}, should be {read}"

@@ -134,6 +134,7 @@ class ChainOracle:
         *,
         reuse: torch.Tensor,
         matched_pos: torch.Tensor,
+        keep: torch.Tensor | None = None,
         store: bool = True,
     ) -> torch.Tensor:
         """Compose the row of ``t`` from the decisions and return the output [Hq, D].
@@ -148,6 +149,8 @@ class ChainOracle:
             Heads that reuse a row.
         matched_pos : torch.Tensor, [Hq]
             Position of that row; ignored elsewhere.
+        keep : torch.Tensor, optional, [Hq, t + 1] bool
+            Positions between sinks and band that each head may read. Default: all.
         store : bool, default True
             False for a request without a ring.
 
@@ -168,7 +171,9 @@ class ChainOracle:
             start[head] = self.covered_end(p)
             anchor[head] = row.anchor[head // self.layout.group_size]
             self._reuse(reused, head, row, q_pre)
-        rest = self._merge(reused, self._pulled_back(self.range_state(q, k, v, self._between(t + 1, start, stop)), t))
+        between = self._between(t + 1, start, stop)
+        fresh = self.range_state(q, k, v, between if keep is None else between & keep)
+        rest = self._merge(reused, self._pulled_back(fresh, t))
         if store:
             self._store(t, q_pre, rest, anchor.view(-1, self.layout.group_size).amin(1), pull_back=False)
         sink = self.range_state(q, k, v, self._between(t + 1, 0, sinks))

@@ -170,10 +170,13 @@ class Serving(Kit):
         session = self.session(batch=1, capacity=40)
         session.prefill_random(30)
         q = session.rotated(session.draw(1, session.layout.num_qo_heads, session.case.head_dim), [29])
-        first = session.run(q, [30])
-        again = session.run(q, [30])
-        assert first.dtype == q.dtype and first.shape == q.shape
-        assert torch.equal(first, again), "the same step twice must give the same output"
+        new = session.run(q, [30])
+        assert new.dtype == q.dtype and new.shape == q.shape
+        given, traced = torch.full_like(q, torch.nan), torch.full_like(q, torch.nan)
+        assert session.run(q, [30], out=given) is given
+        assert session.run_return_trace(q, (0,), out=traced)[0] is traced
+        assert torch.equal(given, new) and torch.equal(traced, new), "the same step must give the same output"
+        assert torch.equal(session.run_return_trace(q, (0,))[0], new)
 
     def _ready(self, dtype: torch.dtype) -> Session:
         session = self.session(dtype=dtype, batch=3, capacity=60)

@@ -22,6 +22,7 @@ from .cases import Case
 from .decisions import check_decisions, check_ranges
 from .oracle import ChainOracle
 from .rows import check_row, check_untouched
+from .selection import index_of, kept_positions
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +132,7 @@ class Session:
             num_slots=batch + 2,
             dtype=self.row_dtype,
             correction=config.correction,
+            index=index_of(config, case, num_rings=batch + 1, max_context=capacity, device=device),
             device=device,
         )
         poison_rings(self.rings)
@@ -261,7 +263,7 @@ class Session:
             self.queries[request][t] = query
         before = {name: field.clone() for name, field in self.rings.fields.items()}
         self.paused = bool(self.rings.bypass.paused(self.layer))
-        out, trace = self._run(q, requests)
+        out, trace = self.run_return_trace(q, requests)
         trace = StepTrace(*(field.cpu() for field in trace))
         result = StepResult(requests, positions, q.cpu(), out.cpu(), trace)
         self._judge(result, before, check=check)
@@ -330,19 +332,23 @@ class Session:
         """Run what :meth:`plan_static` planned; nothing but the given tensors is touched, so it can be captured."""
         self.run_planned(q, slots, generations, out)
 
-    def _run(self, q: torch.Tensor, requests: Sequence[int]) -> tuple[torch.Tensor, StepTrace]:
+    def run_return_trace(
+        self, q: torch.Tensor, requests: Sequence[int], *, out: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, StepTrace]:
+        """Plan and run some requests at their lengths, unjudged."""
         with poisoned_empty():
             self.batches.plan(self.batches.table([self.lengths[r] for r in requests], requests))
-            out: tuple[torch.Tensor, StepTrace] = self.wrapper.run_return_trace(
+            result: tuple[torch.Tensor, StepTrace] = self.wrapper.run_return_trace(
                 q,
                 (self.store.k_cache, self.store.v_cache),
                 rings=self.rings,
                 layer=self.layer,
                 slots=self._ids([self.slots[r] for r in requests]),
                 generations=self._ids([self.generations[r] for r in requests]),
+                out=out,
                 **self._scale_arguments(),
             )
-        return out
+        return result
 
     def _judge(self, result: StepResult, before: dict[str, torch.Tensor], *, check: bool) -> None:
         ring_of = self.rings.slot_table.cpu()
@@ -353,7 +359,7 @@ class Session:
             if check:
                 check_decisions(self, result, i, rows)
             else:
-                check_ranges(self.config, self.case, result.trace, i, t)
+                check_ranges(self.config, self.case, result.trace, i, t, kept=kept_positions(self, result, i))
             outputs.append(self._replay(result, i))
             if ring >= 0 and check:
                 self.check_row(request, t)
@@ -368,8 +374,9 @@ class Session:
         if not self.config.recompute_loaded_groups:
             reuse = trace.head_hit[i]
         store, k, v = self.has_ring[request], self.k[request], self.v[request]
+        keep = kept_positions(self, result, i).repeat_interleave(self.case.group, 0)
         truth, plain = (
-            oracle.step(t, result.q[i], k, v, reuse=reuse, matched_pos=trace.matched_pos[i], store=store)
+            oracle.step(t, result.q[i], k, v, reuse=reuse, matched_pos=trace.matched_pos[i], keep=keep, store=store)
             for oracle in (self.truth[request], self.plain[request])
         )
         return truth, plain
