@@ -210,7 +210,10 @@ def steady_speed(replies: Sequence[Reply], *, skip: int, samples: int) -> list[f
     begin = max(reply.arrivals_s[skip] for reply in replies)
     end = min(reply.arrivals_s[-1] for reply in replies)
     if end <= begin:
-        raise ValueError(f"the replies do not decode together for more than {skip} tokens; ask for more tokens")
+        raise ValueError(
+            f"the replies do not decode together for more than {skip} tokens: one got so far {begin - end:.2f} s after "
+            "another had ended; ask for more tokens, or look into the log how many requests the KV pool had room for"
+        )
     arrivals = sorted(at for reply in replies for at in reply.arrivals_s if begin < at <= end)
     # parts of equal counts, measured from arrival to arrival: parts of equal time would cut tokens in two
     cuts = [begin, *(arrivals[len(arrivals) * part // samples - 1] for part in range(1, samples + 1))]

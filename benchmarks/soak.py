@@ -5,6 +5,9 @@ is answered once, alone; every later exact answer must be the same, up to ties: 
 best tokens of the first answer were closer than ``--tie`` (batches of other sizes round differently). Under the preset
 ``exact`` all answers are exact, under another one those that ask for it. The server's GPU memory must not grow after
 the first quarter, and at the end the server must still give the first answers.
+
+Afterwards a server of the baseline answers the same clients for a quarter of the time: how often its answers equal its
+own first ones only up to ties says what is to be expected of the other's.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,6 +52,7 @@ _SETTLED = 0.25  # share of the time after which memory has to be flat
 _GROWTH_MIB = 64.0
 _EVERY_S = 5.0
 Check = tuple[str, bool, str]  # what, whether it holds, figure
+Figures = dict[str, tuple[str, float]]  # metric -> unit, value
 
 
 @dataclass
@@ -60,6 +64,16 @@ class Tally:
     wrong: list[str] = field(default_factory=list)
     memory: list[tuple[float, float, float]] = field(default_factory=list)  # time, GPU MiB, host MiB
     own_memory: bool = True  # of the server alone, as far as the driver tells whose it is
+
+    @property
+    def checked(self) -> int:
+        """Answers that were compared with the first ones."""
+        return self.outcomes["equal"] + self.outcomes["equal up to a tie"] + len(self.wrong)
+
+    @property
+    def tie_share(self) -> float:
+        """Part of them that is equal up to a tie only; NaN without any."""
+        return self.outcomes["equal up to a tie"] / self.checked if self.checked else float("nan")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -85,27 +99,43 @@ def main(argv: list[str] | None = None) -> int:
 
 async def _run(args: argparse.Namespace, output: Path) -> int:
     with tempfile.TemporaryDirectory() as folder:
-        tokens, shape = prepare(args.model, args.text, Path(folder))
+        tokens, shape = prepare(args.model, args.text, Path(folder), tp=args.tp)
         arguments = ("--skip-tokenizer-init", "--tp", str(args.tp), *args.server_args)
-        launch = Launch(args.preset, "mac", Path(folder), {"preset": args.preset, "serving": args.serving}, arguments)
-        tally = Tally()
-        async with serve([launch], args.logs, "sglang-soak-") as (server,):
-            if isinstance(server, ServerDiedError):
-                raise server
-            prompts = _prompts(tokens, args.longest)
-            references = [await Reference.ask(server, prompt, tokens=_TOKENS, sampling=EXACT) for prompt in prompts]
-            say(f"{len(references)} prompts answered once; {args.clients} clients for {args.minutes:g} minutes")
+        prompts, tally, own = _prompts(tokens, args.longest), Tally(), Tally()
+        config = {"preset": args.preset, "serving": args.serving}
+        async with _server(Launch(args.preset, "mac", Path(folder), config, arguments), args.logs) as server:
+            references = await _first_answers(server, prompts)
             before = await groups(server)
             await _load(server, references, tally, args)
             used = hit_rate(await groups(server) - before)
             alive = await _answers(server, references, tally, args.tie)
+        async with _server(Launch(args.baseline, args.baseline, Path(folder), None, arguments), args.logs) as server:
+            exact = {"preset": "exact", "minutes": args.minutes / 4}  # whatever it answers has to be right
+            await _load(
+                server, await _first_answers(server, prompts), own, argparse.Namespace(**{**vars(args), **exact})
+            )
     checks = _verdict(tally, alive=alive)
     for what, good, figure in checks:
         say(f"{'ok ' if good else 'BAD'}  {what}: {figure}")
     for text in tally.wrong[:10]:
         say(f"     {text}")
-    results.upsert(output, _rows(tally, used, args, shape))
+    for name, one in ((f"mac, {args.preset}", tally), (args.baseline, own)):
+        say(f"     {name}: {one.tie_share:.3f} of {one.checked} answers equal up to a tie, {len(one.wrong)} wrong")
+    results.upsert(output, [*_rows(_measured(tally, used), ("mac", args.preset), args, shape),
+                             *_rows(_answered(own), (args.baseline, "full"), args, shape)])  # fmt: skip
     return 0 if all(good for _, good, _ in checks) else 1
+
+
+@contextlib.asynccontextmanager
+async def _server(launch: Launch, logs: Path) -> AsyncIterator[Server]:
+    async with serve([launch], logs, "sglang-soak-") as (server,):
+        if isinstance(server, ServerDiedError):
+            raise server
+        yield server
+
+
+async def _first_answers(server: Server, prompts: list[list[int]]) -> list[Reference]:
+    return [await Reference.ask(server, prompt, tokens=_TOKENS, sampling=EXACT) for prompt in prompts]
 
 
 def _prompts(tokens: Sequence[int], longest: int) -> list[list[int]]:
@@ -129,6 +159,7 @@ async def _unmarked(server: Server, prompt: list[int], tokens: int = _TOKENS) ->
 
 
 async def _load(server: Server, references: list[Reference], tally: Tally, args: argparse.Namespace) -> None:
+    say(f"{len(references)} prompts answered once; {args.clients} clients for {args.minutes:g} minutes")
     begin = time.monotonic()
     end = begin + args.minutes * 60
     watch = asyncio.create_task(_watch_memory(tally, begin))
@@ -232,9 +263,12 @@ def _memory() -> tuple[float, float, bool]:
 def _verdict(tally: Tally, *, alive: bool) -> list[Check]:
     settled = [entry for entry in tally.memory if entry[0] >= _SETTLED * tally.memory[-1][0]]
     growth = settled[-1][1] - settled[0][1]
-    checked = tally.outcomes["equal"] + tally.outcomes["equal up to a tie"] + len(tally.wrong)
     return [
-        ("tokens of exact requests", checked > 0 and not tally.wrong, f"{len(tally.wrong)} of {checked} answers wrong"),
+        (
+            "tokens of exact requests",
+            tally.checked > 0 and not tally.wrong,
+            f"{len(tally.wrong)} of {tally.checked} answers wrong",
+        ),
         ("aborts", tally.outcomes["aborted"] > 0, f"{tally.outcomes['aborted']} requests hung up on"),
         (
             "GPU memory",
@@ -246,12 +280,36 @@ def _verdict(tally: Tally, *, alive: bool) -> list[Check]:
     ]
 
 
-def _rows(tally: Tally, used: float, args: argparse.Namespace, shape: dict[str, Any]) -> list[results.Row]:
+def _answered(tally: Tally) -> Figures:
+    return {
+        "duration": ("s", tally.memory[-1][0]),
+        "answers_equal": ("1", tally.outcomes["equal"]),
+        "answers_equal_up_to_a_tie": ("1", tally.outcomes["equal up to a tie"]),
+        "answers_wrong": ("1", len(tally.wrong)),
+        "tie_share": ("1", tally.tie_share),
+        "aborts": ("1", tally.outcomes["aborted"]),
+        "throughput": ("tokens/s", tally.tokens / tally.memory[-1][0]),
+    }
+
+
+def _measured(tally: Tally, used: float) -> Figures:
     settled = [entry for entry in tally.memory if entry[0] >= _SETTLED * tally.memory[-1][0]]
+    return {
+        **_answered(tally),
+        "hit_rate": ("1", used),
+        "gpu_memory_growth": ("MiB", settled[-1][1] - settled[0][1]),
+        "host_memory_growth": ("MiB", settled[-1][2] - settled[0][2]),
+    }
+
+
+def _rows(
+    figures: Figures, server: tuple[str, str], args: argparse.Namespace, shape: dict[str, Any]
+) -> list[results.Row]:
+    """Rows of a server, given by provider and config."""
     common = {
         "suite": "sglang",
         "case": "soak",
-        "provider": "mac",
+        "provider": server[0],
         "backend": sglang_version(),
         "batch": args.clients,
         "context": args.longest,
@@ -260,21 +318,10 @@ def _rows(tally: Tally, used: float, args: argparse.Namespace, shape: dict[str, 
         "head_dim": shape.get("head_dim") or shape["hidden_size"] // shape["num_attention_heads"],
         "dtype": "bfloat16",
         "page_size": 1,
-        "config": args.preset,
+        "config": server[1],
         "tp": args.tp,
         **dict.fromkeys(("window", "band", "lag", "hit_rate", "miss_pattern"), ""),
         **results.facts(args.command_line),
-    }
-    figures = {
-        "duration": ("s", tally.memory[-1][0]),
-        "answers_equal": ("1", tally.outcomes["equal"]),
-        "answers_equal_up_to_a_tie": ("1", tally.outcomes["equal up to a tie"]),
-        "answers_wrong": ("1", len(tally.wrong)),
-        "aborts": ("1", tally.outcomes["aborted"]),
-        "throughput": ("tokens/s", tally.tokens / tally.memory[-1][0]),
-        "hit_rate": ("1", used),
-        "gpu_memory_growth": ("MiB", settled[-1][1] - settled[0][1]),
-        "host_memory_growth": ("MiB", settled[-1][2] - settled[0][2]),
     }
     rows = [{**common, "metric": metric, "unit": unit, **three([value])} for metric, (unit, value) in figures.items()]
     return [{name: str(value) for name, value in row.items()} for row in rows]

@@ -79,7 +79,8 @@ def _tuned_lines() -> list[str]:
 
 def _brief(value: Any) -> str:
     text = json.dumps(value)
-    return text if len(text) <= 60 or isinstance(value, dict) else f"table of {len(value)} layers x {len(value[0])} heads"
+    short = len(text) <= 60 or isinstance(value, dict)
+    return text if short else f"table of {len(value)} layers x {len(value[0])} heads"
 
 
 def parse_changes(changes: list[str]) -> dict[str, Any]:

@@ -30,7 +30,9 @@ INTERVAL_S = 1.0
 Counters = Mapping[str, tuple[str, str | None]]
 Gauges = Mapping[str, str]
 _READ, _TOTAL = len(Reason), len(Reason) + 1
-_SNAPSHOT_EVENTS = ("saves", "repeats", "hits", "misses", "evictions", "drops", "rows_restored")
+_SNAPSHOT_EVENTS = (
+    "saves", "repeats", "hits", "misses", "evictions", "drops", "rows_restored", "failures", "notice_failures",
+)  # fmt: skip
 
 
 class Metrics(ABC):

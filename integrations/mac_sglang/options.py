@@ -14,7 +14,7 @@ from mac_kernels.config import read_config
 from mac_kernels.errors import ConfigError
 
 DEFAULT_SHARE = 0.04
-"""Part of the KV pool's bytes that rings or far sets take where their option is not set."""
+"""Part of the KV pool's bytes that rings or far sets take where their option is not set, but at least one of them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +28,8 @@ class ServingOptions:
     snapshot_memory_gb : float, GiB of pinned host memory per rank, default 4.0
         Budget of the ring snapshots in the prefix cache, ``>= 0``; 0 turns them off.
     audit_rate : float, in [0, 1], default 0.0
-        Share of kv groups that are also computed exactly, to measure the error; 0 turns the audit off. MAC alone.
+        Share of (step, layer) pairs in which one request, drawn at random, is also computed exactly, to measure the
+        error; 0 turns the audit off. MAC alone.
     index_memory_gb : float or None, GiB per GPU, default None
         Budget of TCA's far sets, ``> 0``. ``None``: 4% of the KV pool, but at least those of one request.
 

@@ -28,7 +28,6 @@ class Notices:
 
     def __init__(self, service: SnapshotService) -> None:
         self.service = service
-        self.failures = 0
         self._chains: WeakKeyDictionary[Any, TokenChain] = WeakKeyDictionary()
 
     def matched(self, key: Any, request: Any) -> None:
@@ -61,8 +60,7 @@ class Notices:
         try:
             notice(*args, **options)
         except Exception:
-            self.failures += 1
-            if self.failures == 1:
+            if self.service.notice_failed() == 1:
                 logger.exception("a ring snapshot failed; requests go on with empty rings, later failures are counted")
 
 
@@ -71,8 +69,8 @@ def watch(tree: Any, service: SnapshotService) -> Any:
 
     Methods of this one object are wrapped, so it does not matter which tree SGLang selected (0.5.17: ``RadixCache`` and
     its relatives; later ``UnifiedRadixCache`` with either tree core) nor how it is derived. Watching a tree again
-    replaces the store; a tree that shares no prefixes (``--disable-radix-cache``) is left alone. ``ring_notices`` of
-    the tree counts failures.
+    replaces the store; a tree that shares no prefixes (``--disable-radix-cache``) is left alone. Failures
+    are counted by the store.
     """
     if not compat.shares_prefixes(tree):
         return tree

@@ -32,8 +32,8 @@ class SnapshotStats:
     ``saves`` snapshots copied out; ``repeats`` saves that found the same tokens already stored; ``hits`` and
     ``misses`` restores that found a snapshot or none (restores that no snapshot could help are in neither);
     ``rows_restored`` rows of all hits; ``evictions`` for room, ``drops`` because the prefix left the tree;
-    ``failures`` restores that raised and left an empty ring; ``entries`` and ``bytes`` stored now; ``capacity_bytes``
-    most of them.
+    ``failures`` restores that raised and left an empty ring; ``notice_failures`` what else raised between the tree and
+    the store, such as a save; ``entries`` and ``bytes`` stored now; ``capacity_bytes`` most of them.
     """
 
     saves: int = 0
@@ -44,6 +44,7 @@ class SnapshotStats:
     evictions: int = 0
     drops: int = 0
     failures: int = 0
+    notice_failures: int = 0
     entries: int = 0
     bytes: int = 0
     capacity_bytes: int = 0
@@ -127,11 +128,6 @@ class SnapshotService:
         self._chains: WeakValueDictionary[str, TokenChain] = WeakValueDictionary()
         self._ambiguous: set[str] = set()
         self._stats = SnapshotStats()
-
-    @property
-    def device_bytes(self) -> int:
-        """Bytes on the device beside the ring pool: the staging memory of one ring."""
-        return self._staging.nbytes
 
     @property
     def stats(self) -> SnapshotStats:
@@ -241,6 +237,11 @@ class SnapshotService:
         for entry in list(self._entries.values()):
             self._remove(entry)
         self._owners.clear()
+
+    def notice_failed(self) -> int:
+        """Count something that raised on its way from the tree to here; returns how often that was."""
+        self._stats.notice_failures += 1
+        return self._stats.notice_failures
 
     def _chain_of(self, rid: str) -> TokenChain | None:
         return None if rid in self._ambiguous else self._chains.get(rid)

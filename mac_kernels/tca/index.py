@@ -129,5 +129,6 @@ def dropped_mass(s: torch.Tensor, far: FarSet, *, sinks: int) -> torch.Tensor:
     region = torch.where(token < far.far_end[..., None] - sinks, s, 0.0).sum(-1)
     entry = torch.arange(far.ids.shape[2], device=s.device)
     listed = (entry >= sinks) & (entry < far.count[..., None])
-    kept = torch.where(listed, s.gather(2, torch.where(listed, far.ids - sinks, 0).long()), 0.0).sum(-1)
+    place = torch.where(listed, far.ids - sinks, 0).clamp(max=s.shape[2] - 1).long()
+    kept = torch.where(listed, s.gather(2, place), 0.0).sum(-1)
     return torch.where(far.count > 0, (region - kept).clamp(min=0), 0.0)

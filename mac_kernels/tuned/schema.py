@@ -179,7 +179,7 @@ def to_json(file: TunedFile) -> str:
 
 
 def kind_of(text: str) -> str | None:
-    """``"kernel"``, ``"policy"`` or ``"tca"`` (budgets); ``None`` for others, such as a plain config or a broken file."""
+    """``"kernel"``, ``"policy"`` or ``"tca"`` (budgets); ``None`` for others: a plain config or a broken file."""
     try:
         data = json.loads(text)
     except ValueError:

@@ -27,7 +27,7 @@ def test_trees_do_what_they_did_and_rings_what_their_tokens_say(core: str, page_
     for server in (plain, watched):
         random_workload(server, seed, 40)
     assert watched.trace == plain.trace
-    assert watched.tree.ring_notices.failures == 0
+    assert watched.service.stats.notice_failures == 0
     stats = watched.service.stats
     assert stats.saves > 20 and stats.hits > 5 and stats.drops > 0 and sum(watched.restored) > 50
     assert plain.service.stats.saves == 0
@@ -122,7 +122,7 @@ def test_a_store_that_fails_never_reaches_the_tree(core: str, monkeypatch, caplo
     assert broken.trace == plain.trace
     assert set(broken.restored) == {0}
     broken.tree.reset()
-    assert broken.tree.ring_notices.failures > 40
+    assert broken.service.stats.notice_failures > 40
     assert sum("ring snapshot failed" in record.message for record in caplog.records) == 1
 
 
@@ -132,7 +132,7 @@ def test_a_request_without_shareable_kv_is_not_saved(core: str) -> None:
     request = Request("a", list(range(60)), None)
     server.tree.ring_notices.matched(SimpleNamespace(token_ids=[], extra_key=None), request)
     server.tree.ring_notices.computed(request, 60, finished=True)
-    assert (server.service.stats.saves, server.tree.ring_notices.failures) == (0, 0)
+    assert (server.service.stats.saves, server.service.stats.notice_failures) == (0, 0)
 
 
 @core

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +14,7 @@ from torch import nn
 
 pytest.importorskip("sglang_cpu", exc_type=ImportError)  # its work-arounds come before SGLang's imports
 
-from mac_kernels import HeadLayout, MacConfig, UnsupportedError
+from mac_kernels import ConfigError, HeadLayout, MacConfig, UnsupportedError
 from mac_sglang import compat, status
 from mac_sglang.backend import build_backend
 from mac_sglang.layers import LayerMap, ServedLayer, map_layers
@@ -196,3 +198,46 @@ def test_failed_step_of_the_plugin_ends_the_server_with_its_reason(monkeypatch: 
     status.attempt("attention backend", fail)
     with pytest.raises(compat.SGLangChanged, match="attention backend: KeyError: 'register_attention_backend'"):
         build_backend("mac", runner())
+
+
+def small_model() -> Any:
+    """A runner of one attention layer, with pools as large as they have to be."""
+    from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
+
+    shape = SimpleNamespace(
+        is_encoder_decoder=False, context_len=CONTEXT, num_hidden_layers=1, num_attention_heads=4, head_dim=DIM,
+        vocab_size=9, get_total_num_kv_heads=lambda: 2,
+    )  # fmt: skip
+    found = runner(
+        model_config=shape, model=nn.ModuleList([Owner(0, rotary())]), dtype=torch.bfloat16,
+        req_to_token_pool=ReqToTokenPool(size=2, max_context_len=CONTEXT, device="cpu", enable_memory_saver=False),
+        token_to_kv_pool=SimpleNamespace(get_kv_buffer=lambda number: torch.zeros(2, 64, 2, DIM)),
+    )  # fmt: skip
+    found.server_args.model_path = "tiny"
+    return found
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"schema": 1, "serving": {"ring_memory_gb": -1}}', r"config.json: .*ring_memory_gb=-1 must be a number > 0"),
+        (
+            '{"schema": 1, "serving": {"ring_memory": 1}}',
+            r"unknown serving option 'ring_memory'; known: ring_memory_gb",
+        ),
+        ('{"schema": 1, "preset": "quick"}', r"quick.*careful"),
+        ('{"schema": 1, ', r"config.json"),
+        ('{"schema": 1, "serving": {"ring_memory_gb": 1e-9}}', r"no ring fits"),
+    ],
+    ids=["value", "name", "preset", "no json", "budget"],
+)
+def test_wrong_config_ends_the_server_with_its_reason(
+    text: str, message: str, tmp_path: Path, parallel: None, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    monkeypatch.setattr(status, "_STEPS", {})
+    monkeypatch.setattr(compat, "tensor_rank", lambda: 0)
+    (tmp_path / "config.json").write_text(text)
+    monkeypatch.setenv("MAC_KERNELS_CONFIG", str(tmp_path / "config.json"))
+    with pytest.raises(ConfigError, match=message):
+        build_backend("mac", small_model())
+    assert re.search(f"mac: the server cannot start: .*{message}", caplog.text)

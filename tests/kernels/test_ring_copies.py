@@ -214,7 +214,7 @@ def test_times_of_a_ring_of_8b_size(forward, capsys):
     assert side is not None
     lengths = iter(range(4096, 4000, -1))
     with capsys.disabled():
-        size = service.device_bytes / 2**20
+        size = service.stats.capacity_bytes / 4 / 2**20
         print(f"\none ring: {size:.1f} MiB; a pool and 4 pinned buffers: {started:.0f} ms", end="")
         timed("save (passes, copies)", lambda: client.save(0, next(lengths)), forward, side)
         timed("restore (passes)", lambda: client.admit(1, 1, 4097, 4080), forward)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 from collections import Counter
+from collections.abc import AsyncIterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import results, sglang_latency, soak
+from benchmarks import results, sglang_latency, sglang_smollm2, soak
 from benchmarks.serving import Launch, agreement, free_port, groups, hit_rate, steady_speed, three
 from benchmarks.sglang import command_line
 from benchmarks.sglang_latency import MAC_CONFIGS, Measured, WrongResultError, _rows
@@ -196,6 +199,25 @@ def test_prompts_of_a_text() -> None:
         make_prompts(range(2000), batch=3, length=700)
 
 
+def test_replies_without_a_common_time_cost_the_speed_alone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sglang_smollm2, "sglang_version", lambda: "sglang 0.5.23")
+    together = [reply(*(0.01 * at for at in range(60)), tokens=[1, 2, 3])] * 2
+    apart = [together[0], reply(*(9 + 0.01 * at for at in range(60)), tokens=[1, 2, 4])]
+    full = sglang_smollm2.Measured({"distinct": together, "shared": together})
+    counts = {part: Counter(AGE=1) for part in ("distinct", "shared", "early", "later")}
+    mac = sglang_smollm2.Measured({"distinct": apart, "shared": together}, counts)
+    shape = {"num_attention_heads": 8, "num_key_value_heads": 2, "hidden_size": 512}
+    args = SimpleNamespace(batch=2, prompt_tokens=10, tokens=60, tp=1, command_line="")
+    launch = Launch("exact", "mac", Path("model"))
+    rows = sglang_smollm2._rows(launch, mac, full, args, shape)
+    found = {(row["case"], row["metric"]): row["p50"] for row in rows}
+    assert ("smollm2-distinct", "throughput") not in found and float(found["smollm2-shared", "throughput"]) > 0
+    assert found["smollm2-distinct", "equal_replies"] == "0.5" and found["smollm2-distinct", "hit_rate"] == "0"
+    assert "exact: no throughput of the part distinct" in capsys.readouterr().out
+
+
 def test_heads_of_zeros_change_no_output() -> None:
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
@@ -216,7 +238,7 @@ def test_heads_of_zeros_change_no_output() -> None:
 
 
 def test_a_launch_passes_everything_on() -> None:
-    launch = Launch("a", "mac", soak.Path("model"), {}, ("--tp", "2"))
+    launch = Launch("a", "mac", Path("model"), {}, ("--tp", "2"))
     command = launch.command(1234, 5678)
     assert command[1:3] == ["-m", "sglang.launch_server"] and command[-2:] == ["--tp", "2"]
     assert "--enable-metrics" in command and "1234" in command and "5678" in command
@@ -276,6 +298,49 @@ def test_the_load_of_a_soak(preset: str, monkeypatch: pytest.MonkeyPatch) -> Non
     # only under `exact` an unmarked answer has to be the first one
     assert bool(tally.wrong) == (preset == "exact")
     assert tally.outcomes["aborted"] + tally.outcomes["answered before the abort"] > 5
+
+
+def test_a_soak_reports_the_ties_of_the_baseline_beside_its_own(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    launched: list[Launch] = []
+
+    @contextlib.asynccontextmanager
+    async def serve(launches: list[Launch], logs: Path, prefix: str) -> AsyncIterator[list[Answers]]:
+        launched.extend(launches)
+        yield [Answers([5, 6, 9] if launches[0].attention_backend == "mac" else [5, 6, 7])]
+
+    async def first(server: Answers, prompts: list[list[int]]) -> list[soak.Reference]:
+        return [soak.Reference(prompt, [5, 6, 7], [3.0, 2.0, 0.1]) for prompt in prompts]
+
+    async def none(server: Answers) -> Counter[str]:
+        return Counter()
+
+    async def right(*arguments: Any) -> bool:
+        return True
+
+    async def load(server: Answers, references: list[soak.Reference], tally: soak.Tally, args: Any) -> None:
+        minutes.append(args.minutes)
+        tally.memory.append((60.0, 100.0, 10.0))
+        tally.outcomes["aborted"] += 1
+        for reference in references[:4]:
+            soak._judge(await soak._unmarked(server, reference.prompt, 3), reference, 3, tally, args.tie)
+
+    minutes: list[float] = []
+    shape = {"num_attention_heads": 8, "num_key_value_heads": 2, "hidden_size": 512}
+    for name, value in (("serve", serve), ("_first_answers", first), ("groups", none), ("_answers", right),
+                        ("_load", load), ("prepare", lambda *a, **b: (list(range(9000)), shape)),
+                        ("sglang_version", lambda: "sglang 0.5.23")):  # fmt: skip
+        monkeypatch.setattr(soak, name, value)
+    assert soak.main(["--minutes", "8", "--output", str(tmp_path / "sglang.csv")]) == 0
+    assert [launch.attention_backend for launch in launched] == ["mac", "flashinfer"] and minutes == [8, 2]
+    out = capsys.readouterr().out
+    assert "mac, exact: 1.000 of 4 answers equal up to a tie" in out
+    assert "flashinfer: 0.000 of 4 answers equal up to a tie" in out
+    shares = {
+        row["provider"]: row["p50"] for row in results.read(tmp_path / "sglang.csv") if row["metric"] == "tie_share"
+    }
+    assert shares == {"mac": "1", "flashinfer": "0"}
 
 
 @pytest.mark.parametrize(

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner
 
 from mac_cli.app import app
 from mac_cli.output import ExitCode
-from mac_sglang import status
+from mac_sglang import doctor, status
+from mac_sglang.compat import SGLangChanged
 
 
 @pytest.fixture(autouse=True)
@@ -25,6 +27,16 @@ def test_missing_sglang_is_the_first_step_and_says_what_to_install() -> None:
     assert [step["works"] for step in steps] == [False]
     assert 'pip install "mac-kernels[sglang]"' in steps[0]["problem"]
     assert result.exit_code == ExitCode.CHECK_FAILED
+
+
+def test_plugin_that_the_environment_leaves_out_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = SimpleNamespace(name="mac", value="mac_sglang.plugin:register")
+    monkeypatch.setattr(doctor, "entry_points", lambda group: [ours])
+    monkeypatch.setenv("SGLANG_PLUGINS", "another, mac")
+    doctor._found()
+    monkeypatch.setenv("SGLANG_PLUGINS", "another")
+    with pytest.raises(SGLangChanged, match="SGLANG_PLUGINS=another leaves mac out; add it"):
+        doctor._found()
 
 
 def test_without_the_option_sglang_is_not_looked_at() -> None:

@@ -26,7 +26,18 @@ LAYOUT = mk.HeadLayout(num_qo_heads=4, num_kv_heads=2, head_dim=16)
 
 
 def snapshot_stats(**values: int) -> SimpleNamespace:
-    names = ("saves", "repeats", "hits", "misses", "evictions", "drops", "rows_restored", "bytes")
+    names = (
+        "saves",
+        "repeats",
+        "hits",
+        "misses",
+        "evictions",
+        "drops",
+        "rows_restored",
+        "bytes",
+        "failures",
+        "notice_failures",
+    )
     return SimpleNamespace(**{**dict.fromkeys(names, 0), **values})
 
 
@@ -125,7 +136,7 @@ def test_fallbacks_rings_snapshots_and_audit() -> None:
     serving = exported.serving
     serving.rings.acquire(0)
     serving.fallbacks.update({"sliding window": 3})
-    serving.snapshots.stats = snapshot_stats(hits=2, rows_restored=900, bytes=4096)
+    serving.snapshots.stats = snapshot_stats(hits=2, rows_restored=900, bytes=4096, failures=3, notice_failures=4)
     exported.auditor.totals += torch.tensor([4.0, 0.5])
     exported.publish()
     assert exported("mac_fallback_total", reason="sliding window") == 3
@@ -133,6 +144,8 @@ def test_fallbacks_rings_snapshots_and_audit() -> None:
     assert exported("mac_ring_bytes") == serving.rings.nbytes
     assert exported("mac_snapshot_events_total", event="hits") == 2
     assert exported("mac_snapshot_events_total", event="rows_restored") == 900
+    assert exported("mac_snapshot_events_total", event="failures") == 3
+    assert exported("mac_snapshot_events_total", event="notice_failures") == 4
     assert exported("mac_snapshot_bytes") == 4096
     assert exported("mac_audit_groups_total") == 4
     assert exported("mac_audit_relative_error_sum_total") == 0.5

@@ -198,7 +198,7 @@ class Store(RuleBasedStateMachine):
         stats = self.service.stats
         assert {name: getattr(stats, name) for name in self.counts} == self.counts
         assert stats.entries == len(self.saved) <= CAPACITY
-        assert stats.bytes == len(self.saved) * self.service.device_bytes <= stats.capacity_bytes
+        assert stats.bytes * CAPACITY == len(self.saved) * stats.capacity_bytes
         assert [entry.high for entry in self.service._entries.values()] == [s.high for s in self.saved.values()]
         for slot, request in self.running.items():
             assert read_rows(self.pool, slot) == request.rows
