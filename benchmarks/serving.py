@@ -212,7 +212,7 @@ def steady_speed(replies: Sequence[Reply], *, skip: int, samples: int) -> list[f
     if end <= begin:
         raise ValueError(
             f"the replies do not decode together for more than {skip} tokens: one got so far {begin - end:.2f} s after "
-            "another had ended; ask for more tokens, or look into the log how many requests the KV pool had room for"
+            "another had ended; ask for more tokens, or give the server more room (KV pool, --max-running-requests)"
         )
     arrivals = sorted(at for reply in replies for at in reply.arrivals_s if begin < at <= end)
     # parts of equal counts, measured from arrival to arrival: parts of equal time would cut tokens in two

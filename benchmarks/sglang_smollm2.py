@@ -74,8 +74,9 @@ async def run(args: argparse.Namespace, output: Path) -> int:
     with tempfile.TemporaryDirectory() as folder:
         tokens, shape = prepare(args.model, args.text, Path(folder), tp=args.tp)
         prompts = make_prompts(tokens, args.batch, args.prompt_tokens)
-        # a small model makes more tokens than one process of a busy host streams one by one
-        arguments = ("--skip-tokenizer-init", "--stream-interval", "8", "--tp", str(args.tp), *args.server_args)
+        # SGLang counts the row of a chunked prompt twice: with no row to spare the last request waits for another's end
+        rows = ("--max-running-requests", str(args.batch + 8))
+        arguments = ("--skip-tokenizer-init", "--tp", str(args.tp), *args.server_args, *rows)
         launches = [Launch(args.baseline, args.baseline, Path(folder), None, arguments)]
         for preset in args.presets.split(","):
             launches.append(Launch(preset, "mac", Path(folder), {"preset": preset, "serving": args.serving}, arguments))

@@ -128,6 +128,8 @@ def curves_in(table: Path, layout: HeadLayout) -> tuple[Curve, ...]:
     """
     wanted = {
         "provider": "mac",
+        "backend": "triton",
+        "config": "careful",
         "metric": "latency",
         "lag": str(PLANTED_LAG),
         "miss_pattern": "scattered",

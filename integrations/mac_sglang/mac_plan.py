@@ -24,7 +24,7 @@ class MacPlan:
     def __init__(self, serving: MacServing, rows: torch.Tensor, lengths: torch.Tensor) -> None:
         self.rows, self.lengths = rows, lengths
         self._rings, self._auditor = serving.rings, serving.auditor
-        self._generations = torch.zeros(rows.shape[0], dtype=torch.int64, device=rows.device)  # see RequestRings
+        self._generations = torch.zeros(rows.shape[0], dtype=torch.int64, device=rows.device)  # see RequestTable
         self._wrappers: dict[LayerKind, BatchMacDecodeWithPagedKVCacheWrapper] = {}
         for kind in serving.site.kinds:
             wrapper = BatchMacDecodeWithPagedKVCacheWrapper(backend=serving.site.backend)
@@ -38,6 +38,8 @@ class MacPlan:
                 config=serving.config,
                 sm_scale=kind.sm_scale,
                 logits_soft_cap=kind.logits_soft_cap,
+                q_data_type=serving.site.runner.dtype,
+                kv_data_type=serving.site.runner.kv_cache_dtype,
             )
             self._wrappers[kind] = wrapper
 
@@ -91,7 +93,7 @@ class RingFill:
         self._serving, self._queries = serving, queries
         self._table = RowTable(serving.site.runner.req_to_token_pool.req_to_token, rows, lengths)
         self._qo_indptr = to_device(torch.tensor([0, *itertools.accumulate(counts)], dtype=torch.int32), rows.device)
-        self._generations = torch.zeros(len(counts), dtype=torch.int64, device=rows.device)  # see RequestRings
+        self._generations = torch.zeros(len(counts), dtype=torch.int64, device=rows.device)  # see RequestTable
 
     @staticmethod
     def of(forward_batch: Any, serving: MacServing) -> RingFill:

@@ -104,7 +104,9 @@ def start(site: Site) -> MacServing:
     runner, layers, layout = site.runner, site.layers, site.layout
     resolved = resolve_config(model=compat.model_key(runner))
     options = read_options(resolved.files)
-    against = unsupported_reasons(site.backend, resolved.config, layout, torch.device(runner.device))
+    against = unsupported_reasons(
+        site.backend, resolved.config, layout, torch.device(runner.device), dtypes=(runner.dtype, runner.kv_cache_dtype)
+    )
     if against:
         raise UnsupportedError("MAC", against, "")
     if resolved.config.tca is not None:
