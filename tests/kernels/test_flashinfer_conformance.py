@@ -197,7 +197,7 @@ class TestRanges:
             torch.arange(rows + 1, dtype=torch.int32, device="cuda") * group,
             torch.cat([torch.zeros(1), lengths.cumsum(0)]).int().cuda(),
             torch.cat(pages).int(),
-            torch.ones(rows, dtype=torch.int32),
+            torch.ones(rows, dtype=torch.int32, device="cuda"),
             1,
             1,
             layout.head_dim,
