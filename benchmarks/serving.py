@@ -14,13 +14,15 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mac_kernels.errors import MacError, MissingError
 from mac_sglang.client import Reply, Server, open_session
+
+from . import results
 
 EXACT = {"custom_params": {"mac": "exact"}}
 """Sampling parameters of a request that asks for exact attention."""
@@ -235,6 +237,28 @@ def three(values: Sequence[float]) -> dict[str, str]:
         for name, share in at.items()
     }
     return {**{name: f"{value:.4g}" for name, value in quantiles.items()}, "n": str(len(ordered))}
+
+
+def describe(shape: Mapping[str, Any], *, tp: int, facts: results.Row, **own: Any) -> dict[str, Any]:
+    """What the rows of one server have in common: the shape of its model, SGLang, the run, and ``own`` columns."""
+    return {
+        "suite": "sglang",
+        "backend": sglang_version(),
+        "hq": shape["num_attention_heads"],
+        "hkv": shape["num_key_value_heads"],
+        "head_dim": shape.get("head_dim") or shape["hidden_size"] // shape["num_attention_heads"],
+        "dtype": "bfloat16",
+        "page_size": 1,
+        **dict.fromkeys(("window", "band", "lag", "hit_rate", "miss_pattern"), ""),
+        "tp": tp,
+        **facts,
+        **own,
+    }
+
+
+def as_text(rows: Iterable[Mapping[str, Any]]) -> list[results.Row]:
+    """Rows as the table keeps them."""
+    return [{name: str(value) for name, value in row.items()} for row in rows]
 
 
 def sglang_version() -> str:

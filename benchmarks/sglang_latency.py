@@ -28,11 +28,12 @@ from .serving import (
     Launch,
     ServerDiedError,
     agreement,
+    as_text,
+    describe,
     groups,
     hit_rate,
     say,
     serve,
-    sglang_version,
     steady_speed,
     three,
 )
@@ -252,29 +253,22 @@ async def _together(server: Server, prompts: list[list[int]], args: argparse.Nam
 def _rows(
     measured: Mapping[str, Measured], args: argparse.Namespace, shape: dict[str, Any], facts: results.Row
 ) -> list[results.Row]:
-    config, version, rows = MacConfig(), sglang_version(), []
+    config = MacConfig()
+    rows: list[dict[str, Any]] = []
     full = measured.get(args.baseline)
     for name, one in measured.items():
         forced = f"{MAC_CONFIGS[name][1]:g}" if name in MAC_CONFIGS else ""
-        common = {
-            "suite": "sglang",
-            "case": "latency" if args.own is None else f"latency-shared-but-{args.own}",
-            "provider": "mac" if forced else name,
-            "backend": version,
-            "hq": shape["num_attention_heads"],
-            "hkv": shape["num_key_value_heads"],
-            "head_dim": shape.get("head_dim", shape["hidden_size"] // shape["num_attention_heads"]),
-            "dtype": "bfloat16",
-            "page_size": 1,
-            "window": config.window,
-            "band": config.band,
-            "lag": "",
-            "config": name if forced else "full",
-            "hit_rate": forced,
-            "miss_pattern": "",
-            "tp": args.tp,
-            **facts,
-        }
+        common = describe(
+            shape,
+            tp=args.tp,
+            facts=facts,
+            case="latency" if args.own is None else f"latency-shared-but-{args.own}",
+            provider="mac" if forced else name,
+            config=name if forced else "full",
+            window=config.window,
+            band=config.band,
+            hit_rate=forced,
+        )
 
         def row(metric: str, unit: str, batch: int, context: int, values: list[float], common=common) -> None:
             rows.append({**common, "metric": metric, "unit": unit, "batch": batch, "context": context, **three(values)})
@@ -289,7 +283,7 @@ def _rows(
             if full is not None and batch in full.tokens:
                 pairs = zip(one.tokens[batch], full.tokens[batch], strict=True)
                 row("agreement", "tokens", batch, args.long, [float(agreement(a, b)) for a, b in pairs])
-    return [{name: str(value) for name, value in row.items()} for row in rows]
+    return as_text(rows)
 
 
 def _ratio(one: Measured, full: Measured | None, key: Key) -> float | None:

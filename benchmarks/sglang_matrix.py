@@ -18,7 +18,20 @@ from mac_kernels.errors import MacError
 from mac_sglang.client import Server
 
 from . import results
-from .serving import EXACT, Launch, Reference, Started, counted, groups, hit_rate, say, serve, sglang_version, three
+from .serving import (
+    EXACT,
+    Launch,
+    Reference,
+    Started,
+    as_text,
+    counted,
+    describe,
+    groups,
+    hit_rate,
+    say,
+    serve,
+    three,
+)
 from .sglang_smollm2 import prepare
 
 _NO_PREFILL_GRAPHS = "--disable-prefill-cuda-graph"
@@ -150,23 +163,17 @@ async def _figures(server: Server, references: list[Reference], args: argparse.N
 def _rows(
     name: str, figures: Mapping[str, float], args: argparse.Namespace, shape: Mapping[str, Any]
 ) -> list[results.Row]:
-    common = {
-        "suite": "sglang",
-        "case": f"matrix-{name}",
-        "provider": "mac",
-        "backend": sglang_version(),
-        "batch": args.prompts,
-        "context": args.prompt_tokens,
-        "hq": shape["num_attention_heads"],
-        "hkv": shape["num_key_value_heads"],
-        "head_dim": shape.get("head_dim") or shape["hidden_size"] // shape["num_attention_heads"],
-        "dtype": "fp8_e4m3" if name == "fp8" else "bfloat16",
-        "page_size": name.removeprefix("page-") if name.startswith("page-") else 1,
-        "config": "fast",
-        "tp": args.tp,
-        "unit": "1",
-        **dict.fromkeys(("window", "band", "lag", "hit_rate", "miss_pattern"), ""),
-        **results.facts(args.command_line),
-    }
-    rows = [{**common, "metric": metric, **three([value])} for metric, value in figures.items()]
-    return [{key: str(value) for key, value in row.items()} for row in rows]
+    common = describe(
+        shape,
+        tp=args.tp,
+        facts=results.facts(args.command_line),
+        case=f"matrix-{name}",
+        provider="mac",
+        config="fast",
+        batch=args.prompts,
+        context=args.prompt_tokens,
+        dtype="fp8_e4m3" if name == "fp8" else "bfloat16",
+        page_size=name.removeprefix("page-") if name.startswith("page-") else 1,
+        unit="1",
+    )
+    return as_text({**common, "metric": metric, **three([value])} for metric, value in figures.items())

@@ -20,7 +20,7 @@ from mac_kernels.errors import InputError, MacError
 from mac_sglang.client import Reply
 
 from . import results
-from .serving import Launch, Started, agreement, groups, hit_rate, say, serve, sglang_version, steady_speed, three
+from .serving import Launch, Started, agreement, as_text, describe, groups, hit_rate, say, serve, steady_speed, three
 
 PRESETS_MEASURED = ("exact", "careful", "balanced", "fast")
 _EARLY = 16  # tokens in which a second request has to reach the steady hit rate
@@ -200,26 +200,17 @@ def _rows(
     launch: Launch, measured: Measured, full: Measured, args: argparse.Namespace, shape: dict[str, Any]
 ) -> list[results.Row]:
     config = PRESETS.get(launch.name)
-    common = {
-        "suite": "sglang",
-        "provider": launch.attention_backend,
-        "backend": sglang_version(),
-        "batch": args.batch,
-        "context": args.prompt_tokens + args.tokens,
-        "hq": shape["num_attention_heads"],
-        "hkv": shape["num_key_value_heads"],
-        "head_dim": shape.get("head_dim") or shape["hidden_size"] // shape["num_attention_heads"],
-        "dtype": "bfloat16",
-        "page_size": 1,
-        "window": config.window if config else "",
-        "band": config.band if config else "",
-        "lag": "",
-        "config": launch.name if config else "full",
-        "hit_rate": "",
-        "miss_pattern": "",
-        "tp": args.tp,
-        **results.facts(args.command_line),
-    }
+    common = describe(
+        shape,
+        tp=args.tp,
+        facts=results.facts(args.command_line),
+        provider=launch.attention_backend,
+        config=launch.name if config else "full",
+        batch=args.batch,
+        context=args.prompt_tokens + args.tokens,
+        window=config.window if config else "",
+        band=config.band if config else "",
+    )
     rows: list[dict[str, Any]] = []
 
     def row(part: str, metric: str, unit: str, values: Sequence[float]) -> None:
@@ -241,7 +232,7 @@ def _rows(
         later = Counter(measured.groups["later"])
         later.subtract(measured.groups["early"])  # the same beginning, so what remains are the tokens after it
         row("second", "hit_rate_after_16", "1", [hit_rate(later)])
-    return [{name: str(value) for name, value in row.items()} for row in rows]
+    return as_text(rows)
 
 
 def _agree(row: AddRow, part: str, a: list[list[int]], b: list[list[int]]) -> None:

@@ -37,11 +37,12 @@ from .serving import (
     Reference,
     ServerDiedError,
     agreement,
+    as_text,
+    describe,
     groups,
     hit_rate,
     say,
     serve,
-    sglang_version,
     three,
 )
 from .sglang import add_server_arguments, command_line
@@ -306,25 +307,19 @@ def _rows(
     figures: Figures, server: tuple[str, str], args: argparse.Namespace, shape: dict[str, Any]
 ) -> list[results.Row]:
     """Rows of a server, given by provider and config."""
-    common = {
-        "suite": "sglang",
-        "case": "soak",
-        "provider": server[0],
-        "backend": sglang_version(),
-        "batch": args.clients,
-        "context": args.longest,
-        "hq": shape["num_attention_heads"],
-        "hkv": shape["num_key_value_heads"],
-        "head_dim": shape.get("head_dim") or shape["hidden_size"] // shape["num_attention_heads"],
-        "dtype": "bfloat16",
-        "page_size": 1,
-        "config": server[1],
-        "tp": args.tp,
-        **dict.fromkeys(("window", "band", "lag", "hit_rate", "miss_pattern"), ""),
-        **results.facts(args.command_line),
-    }
-    rows = [{**common, "metric": metric, "unit": unit, **three([value])} for metric, (unit, value) in figures.items()]
-    return [{name: str(value) for name, value in row.items()} for row in rows]
+    common = describe(
+        shape,
+        tp=args.tp,
+        facts=results.facts(args.command_line),
+        case="soak",
+        provider=server[0],
+        config=server[1],
+        batch=args.clients,
+        context=args.longest,
+    )
+    return as_text(
+        {**common, "metric": metric, "unit": unit, **three([value])} for metric, (unit, value) in figures.items()
+    )
 
 
 if __name__ == "__main__":

@@ -167,7 +167,7 @@ def test_requests_of_a_batch_may_share_a_prefix(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_rows_compare_with_the_baseline(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("benchmarks.sglang_latency.sglang_version", lambda: "sglang 0.5.23")
+    monkeypatch.setattr("benchmarks.serving.sglang_version", lambda: "sglang 0.5.23")
     full = Measured(tokens={2: [[1, 2, 3], [4, 5, 6]]}, hit_rate={2: float("nan")})
     full.samples["throughput", 2, 1000] += [10.0, 10.0, 10.0]
     full.samples["ttft", 1, 1000] += [2.0]
@@ -202,7 +202,7 @@ def test_prompts_of_a_text() -> None:
 def test_replies_without_a_common_time_cost_the_speed_alone(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sglang_smollm2, "sglang_version", lambda: "sglang 0.5.23")
+    monkeypatch.setattr("benchmarks.serving.sglang_version", lambda: "sglang 0.5.23")
     together = [reply(*(0.01 * at for at in range(60)), tokens=[1, 2, 3])] * 2
     apart = [together[0], reply(*(9 + 0.01 * at for at in range(60)), tokens=[1, 2, 4])]
     full = sglang_smollm2.Measured({"distinct": together, "shared": together})
@@ -329,9 +329,9 @@ def test_a_soak_reports_the_ties_of_the_baseline_beside_its_own(
     minutes: list[float] = []
     shape = {"num_attention_heads": 8, "num_key_value_heads": 2, "hidden_size": 512}
     for name, value in (("serve", serve), ("_first_answers", first), ("groups", none), ("_answers", right),
-                        ("_load", load), ("prepare", lambda *a, **b: (list(range(9000)), shape)),
-                        ("sglang_version", lambda: "sglang 0.5.23")):  # fmt: skip
+                        ("_load", load), ("prepare", lambda *a, **b: (list(range(9000)), shape))):  # fmt: skip
         monkeypatch.setattr(soak, name, value)
+    monkeypatch.setattr("benchmarks.serving.sglang_version", lambda: "sglang 0.5.23")
     assert soak.main(["--minutes", "8", "--output", str(tmp_path / "sglang.csv")]) == 0
     assert [launch.attention_backend for launch in launched] == ["mac", "flashinfer"] and minutes == [8, 2]
     out = capsys.readouterr().out

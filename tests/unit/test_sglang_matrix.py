@@ -83,7 +83,7 @@ def test_every_combination_changes_the_server() -> None:
 
 
 def test_rows_fit_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sglang_matrix, "sglang_version", lambda: "sglang 0.5.23")
+    monkeypatch.setattr("benchmarks.serving.sglang_version", lambda: "sglang 0.5.23")
     shape = {"num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 576}
     rows = [row for name in COMBINATIONS for row in _rows(name, {"hit_rate": 0.5}, arguments(), shape)]
     assert len({tuple(row[column] for column in results.KEY) for row in rows}) == len(COMBINATIONS)
