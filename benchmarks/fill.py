@@ -216,4 +216,4 @@ def _rows(case: FillCase, timed: dict[str, Timing], config: mk.MacConfig, facts:
                 **facts,
             }
         )
-    return [{name: str(value) for name, value in row.items()} for row in rows]
+    return results.as_text(rows)

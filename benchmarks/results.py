@@ -8,8 +8,9 @@ import importlib.metadata
 import io
 import os
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -83,6 +84,11 @@ def read(path: Path) -> list[Row]:
 def beside(backend: str, config: str) -> str:
     """``config`` of the full attention that was timed in turn with a row of MAC: ratios are taken within one run."""
     return f"full, beside {backend} {config}"
+
+
+def as_text(rows: Iterable[Mapping[str, Any]]) -> list[Row]:
+    """Rows as a table keeps them."""
+    return [{name: str(value) for name, value in row.items()} for row in rows]
 
 
 def upsert(path: Path, rows: Iterable[Row]) -> None:

@@ -134,11 +134,10 @@ def _metrics(who: dict[str, Any], timing: Timing, kv_bytes: int) -> list[results
     """Latency, and bandwidth, which counts keys and values alone, so that ring traffic does not flatter."""
     quantiles = (timing.p20_us, timing.p50_us, timing.p80_us)
     speeds = [kv_bytes / us / 1e6 for us in reversed(quantiles)]
-    rows = [
+    return results.as_text(
         {**who, "n": timing.n, "metric": metric, "unit": unit, **_three(values)}
         for metric, unit, values in (("latency", "us", quantiles), ("bandwidth", "TB/s", speeds))
-    ]
-    return [{name: str(value) for name, value in row.items()} for row in rows]
+    )
 
 
 def _three(values: Sequence[float]) -> dict[str, str]:

@@ -20,7 +20,7 @@ from typing import Any
 from mac_sglang.break_even import FULL_US, HIT_GROUP_US, HIT_US, MISS_US
 
 from . import results
-from .sglang_latency import SHAPES
+from .sglang_latency import LLAMA_70B, SHAPES
 
 BYTES_PER_US = {"NVIDIA H100 80GB HBM3": 3.06e6, "NVIDIA H200": 4.3e6}
 """Read rate that attention and matrix products with few rows reach: about nine tenths of the memory's."""
@@ -77,7 +77,7 @@ def compare(row: results.Row) -> tuple[float, float] | None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print every row of the committed tables that the model speaks of."""
+    """Print every row of the committed tables that the model speaks of, and eight H200s, which were not measured."""
     argparse.ArgumentParser(prog="python -m benchmarks.scaling", description=__doc__).parse_args(argv)
     print(f"{'GPU':22} {'tp':>2} {'hq':>3} {'batch':>5} {'config':11} {'model':>8} {'measured':>8} tokens/s  off by")
     for path in sorted(results.RESULTS.glob("*/sglang*.csv")):
@@ -87,6 +87,11 @@ def main(argv: list[str] | None = None) -> int:
                     f"{row['gpu']:22} {row['tp']:>2} {row['hq']:>3} {row['batch']:>5} {row['config']:11} "
                     f"{pair[0]:8.1f} {pair[1]:8.1f}           {pair[0] / pair[1] - 1:+.1%}"
                 )
+    for batch in (1, 8, 32):
+        eight = step(LLAMA_70B, tp=8, batch=batch, context=122_880, bytes_per_us=BYTES_PER_US["NVIDIA H200"])
+        for config in ("full", "always-hit", "never-hit"):
+            speed = batch / eight.total(config) * 1e6
+            print(f"{'NVIDIA H200':22}  8  64 {batch:>5} {config:11} {speed:8.1f}        -")
     return 0
 
 

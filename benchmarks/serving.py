@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -254,11 +254,6 @@ def describe(shape: Mapping[str, Any], *, tp: int, facts: results.Row, **own: An
         **facts,
         **own,
     }
-
-
-def as_text(rows: Iterable[Mapping[str, Any]]) -> list[results.Row]:
-    """Rows as the table keeps them."""
-    return [{name: str(value) for name, value in row.items()} for row in rows]
 
 
 def sglang_version() -> str:

@@ -1,8 +1,8 @@
 """Speed of a whole server: a Llama-3.1 shape with dummy weights, MAC beside the baseline in one run.
 
 Every request of a batch has a long prompt of its own, or, where the keys and values of so many do not fit the GPUs,
-``--own`` tokens of its own behind a common prefix (case ``latency-shared``): decode reads the same number of keys and
-values either way, at the same addresses for all requests in the second.
+``--own N`` tokens of its own behind a common prefix (case ``latency-shared-but-N``): decode reads the same number of
+keys and values either way, at the same addresses for all requests in the second.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ from .serving import (
     Launch,
     ServerDiedError,
     agreement,
-    as_text,
     describe,
     groups,
     hit_rate,
@@ -283,7 +282,7 @@ def _rows(
             if full is not None and batch in full.tokens:
                 pairs = zip(one.tokens[batch], full.tokens[batch], strict=True)
                 row("agreement", "tokens", batch, args.long, [float(agreement(a, b)) for a, b in pairs])
-    return as_text(rows)
+    return results.as_text(rows)
 
 
 def _ratio(one: Measured, full: Measured | None, key: Key) -> float | None:

@@ -23,7 +23,6 @@ from .serving import (
     Launch,
     Reference,
     Started,
-    as_text,
     counted,
     describe,
     groups,
@@ -176,4 +175,4 @@ def _rows(
         page_size=name.removeprefix("page-") if name.startswith("page-") else 1,
         unit="1",
     )
-    return as_text({**common, "metric": metric, **three([value])} for metric, value in figures.items())
+    return results.as_text({**common, "metric": metric, **three([value])} for metric, value in figures.items())

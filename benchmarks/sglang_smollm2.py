@@ -20,7 +20,7 @@ from mac_kernels.errors import InputError, MacError
 from mac_sglang.client import Reply
 
 from . import results
-from .serving import Launch, Started, agreement, as_text, describe, groups, hit_rate, say, serve, steady_speed, three
+from .serving import Launch, Started, agreement, describe, groups, hit_rate, say, serve, steady_speed, three
 
 PRESETS_MEASURED = ("exact", "careful", "balanced", "fast")
 _EARLY = 16  # tokens in which a second request has to reach the steady hit rate
@@ -75,8 +75,8 @@ async def run(args: argparse.Namespace, output: Path) -> int:
         tokens, shape = prepare(args.model, args.text, Path(folder), tp=args.tp)
         prompts = make_prompts(tokens, args.batch, args.prompt_tokens)
         # SGLang counts the row of a chunked prompt twice: with no row to spare the last request waits for another's end
-        rows = ("--max-running-requests", str(args.batch + 8))
-        arguments = ("--skip-tokenizer-init", "--tp", str(args.tp), *args.server_args, *rows)
+        spare = ("--max-running-requests", str(args.batch + 8))
+        arguments = ("--skip-tokenizer-init", "--tp", str(args.tp), *args.server_args, *spare)
         launches = [Launch(args.baseline, args.baseline, Path(folder), None, arguments)]
         for preset in args.presets.split(","):
             launches.append(Launch(preset, "mac", Path(folder), {"preset": preset, "serving": args.serving}, arguments))
@@ -232,7 +232,7 @@ def _rows(
         later = Counter(measured.groups["later"])
         later.subtract(measured.groups["early"])  # the same beginning, so what remains are the tokens after it
         row("second", "hit_rate_after_16", "1", [hit_rate(later)])
-    return as_text(rows)
+    return results.as_text(rows)
 
 
 def _agree(row: AddRow, part: str, a: list[list[int]], b: list[list[int]]) -> None:

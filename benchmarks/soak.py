@@ -37,7 +37,6 @@ from .serving import (
     Reference,
     ServerDiedError,
     agreement,
-    as_text,
     describe,
     groups,
     hit_rate,
@@ -110,20 +109,21 @@ async def _run(args: argparse.Namespace, output: Path) -> int:
             await _load(server, references, tally, args)
             used = hit_rate(await groups(server) - before)
             alive = await _answers(server, references, tally, args.tie)
+        checks = _verdict(tally, alive=alive)
+        for what, good, figure in checks:
+            say(f"{'ok ' if good else 'BAD'}  {what}: {figure}")
+        for text in tally.wrong[:10]:
+            say(f"     {text}")
+        # before the baseline, whose server may fail
+        results.upsert(output, _rows(_measured(tally, used), ("mac", args.preset), args, shape))
         async with _server(Launch(args.baseline, args.baseline, Path(folder), None, arguments), args.logs) as server:
             exact = {"preset": "exact", "minutes": args.minutes / 4}  # whatever it answers has to be right
             await _load(
                 server, await _first_answers(server, prompts), own, argparse.Namespace(**{**vars(args), **exact})
             )
-    checks = _verdict(tally, alive=alive)
-    for what, good, figure in checks:
-        say(f"{'ok ' if good else 'BAD'}  {what}: {figure}")
-    for text in tally.wrong[:10]:
-        say(f"     {text}")
     for name, one in ((f"mac, {args.preset}", tally), (args.baseline, own)):
         say(f"     {name}: {one.tie_share:.3f} of {one.checked} answers equal up to a tie, {len(one.wrong)} wrong")
-    results.upsert(output, [*_rows(_measured(tally, used), ("mac", args.preset), args, shape),
-                             *_rows(_answered(own), (args.baseline, "full"), args, shape)])  # fmt: skip
+    results.upsert(output, _rows(_answered(own), (args.baseline, "full"), args, shape))
     return 0 if all(good for _, good, _ in checks) else 1
 
 
@@ -317,7 +317,7 @@ def _rows(
         batch=args.clients,
         context=args.longest,
     )
-    return as_text(
+    return results.as_text(
         {**common, "metric": metric, "unit": unit, **three([value])} for metric, (unit, value) in figures.items()
     )
 

@@ -10,14 +10,18 @@ import argparse
 import subprocess
 import sys
 
+from .mac_tca import MissCase
 from .run import main as run
 from .run import parse
 
 
 def kits(args: argparse.Namespace) -> list[str]:
     """The test files that judge what is going to be timed."""
-    names = args.backends.split(",") if args.suite == "decode" else ["tca" if args.suite == "tca" else "triton"]
-    return [f"tests/kernels/test_{name}{'' if name == 'tca' else '_conformance'}.py" for name in names]
+    names = [f"{name}_conformance" for name in (args.backends.split(",") if args.suite == "decode" else ["triton"])]
+    if args.suite == "tca":
+        misses = any(isinstance(case, MissCase) for case in args.cases)  # steps of MAC
+        names = ["tca", *(["tca_index", *names] if misses else [])]
+    return [f"tests/kernels/test_{name}.py" for name in names]
 
 
 def main(argv: list[str] | None = None) -> int:

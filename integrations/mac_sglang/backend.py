@@ -75,8 +75,6 @@ class ServedAttention:
 
     method: ClassVar[Method]
     req_to_token_pool: Any
-    token_to_kv_pool: Any
-    forward_metadata: Any
 
     def __init__(self, runner: Any) -> None:
         super().__init__(runner)  # type: ignore[call-arg]  # the exact backend, see backend_class()
@@ -189,8 +187,8 @@ class ServedAttention:
         return prefill.run(queries, out, self._caches(layer), self._scales(layer), served)
 
     def _caches(self, layer: Any) -> Caches:
-        k_cache, v_cache = self.token_to_kv_pool.get_kv_buffer(layer.layer_id)
-        return k_cache.unsqueeze(1), v_cache.unsqueeze(1)
+        assert self._serving is not None  # a layer is served
+        return self._serving.site.caches(layer.layer_id)
 
     def _scales(self, layer: Any) -> Scales:
         """Only an fp8 pool stores keys and values divided."""

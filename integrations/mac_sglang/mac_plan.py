@@ -136,10 +136,9 @@ class RingFill:
 
 def compile_fill(serving: MacServing) -> None:
     """Run what stores a prompt's last queries once, storing nothing: no request should wait until it is compiled."""
-    runner, layers, layout = serving.site.runner, serving.site.layers.served, serving.rings.layout
+    site, layout = serving.site, serving.rings.layout
     rows = torch.full((1,), SCRATCH_ROW, dtype=torch.int32, device=serving.rings.device)
     fill = RingFill(serving, rows, torch.ones_like(rows), [1], torch.zeros_like(rows, dtype=torch.int64))
-    q = torch.zeros(1, layout.num_qo_heads, layout.head_dim, dtype=runner.dtype, device=rows.device)
-    for number in {layer.kind: number for number, layer in layers.items()}.values():
-        k_cache, v_cache = runner.token_to_kv_pool.get_kv_buffer(number)
-        fill.store(q, (k_cache.unsqueeze(1), v_cache.unsqueeze(1)), (1.0, 1.0), layers[number])
+    q = torch.zeros(1, layout.num_qo_heads, layout.head_dim, dtype=site.runner.dtype, device=rows.device)
+    for layer, caches in site.one_of_each_kind():
+        fill.store(q, caches, (1.0, 1.0), layer)

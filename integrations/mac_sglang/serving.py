@@ -86,7 +86,7 @@ class Site:
     @property
     def kv_token_bytes(self) -> int:
         """Bytes of keys and values of one token and kv head."""
-        return 2 * self.layout.head_dim * self._caches()[0].element_size()
+        return 2 * self.layout.head_dim * self._any_caches()[0].element_size()
 
     def parts_in_budget(self, what: str, each: int, *, asked_gb: float | None, option: str, instead: str) -> int:
         """How many parts of ``each`` bytes a budget holds: ``asked_gb``, or a share of the KV pool and at least one.
@@ -103,7 +103,7 @@ class Site:
             )
         if asked_gb is not None:
             return int(asked_gb * GIB // each)
-        kv_bytes = sum(cache.numel() * cache.element_size() for cache in self._caches())
+        kv_bytes = sum(cache.numel() * cache.element_size() for cache in self._any_caches())
         kv_bytes *= len(self.layers.served) + len(self.layers.exact)
         return max(1, int(DEFAULT_SHARE * kv_bytes // each))
 
@@ -113,9 +113,18 @@ class Site:
         words = f"backend {self.backend}; {len(self.layers.served)} layers"
         return words + (f"; exact attention for {exact}" if exact else "")
 
-    def _caches(self) -> Caches:
-        keys, values = self.runner.token_to_kv_pool.get_kv_buffer(min(self.layers.served))
-        return keys, values
+    def caches(self, number: int) -> Caches:
+        """Keys and values of SGLang's layer ``number``."""
+        k_cache, v_cache = self.runner.token_to_kv_pool.get_kv_buffer(number)
+        return k_cache.unsqueeze(1), v_cache.unsqueeze(1)
+
+    def one_of_each_kind(self) -> list[tuple[ServedLayer, Caches]]:
+        """A served layer of every kind: what kernels are compiled for."""
+        numbers = {layer.kind: number for number, layer in self.layers.served.items()}
+        return [(self.layers.served[number], self.caches(number)) for number in numbers.values()]
+
+    def _any_caches(self) -> Caches:
+        return self.caches(min(self.layers.served))
 
 
 @contextlib.contextmanager

@@ -125,10 +125,8 @@ def compile_prefill(serving: TcaServing) -> None:
     one = torch.ones_like(rows)
     group = _Group(None, torch.cat((one * 0, one)), one.long() - 1, table, [length], serving.pool.sets_of(rows))
     q = torch.zeros(1, site.layout.num_qo_heads, site.layout.head_dim, dtype=site.runner.dtype, device=rows.device)
-    for number in {layer.kind: number for number, layer in site.layers.served.items()}.values():
-        k_cache, v_cache = site.runner.token_to_kv_pool.get_kv_buffer(number)
-        caches = k_cache.unsqueeze(1), v_cache.unsqueeze(1)
-        _attend(serving, q, group, caches, (1.0, 1.0), site.layers.served[number])
+    for layer, caches in site.one_of_each_kind():
+        _attend(serving, q, group, caches, (1.0, 1.0), layer)
 
 
 def _attend(

@@ -115,11 +115,11 @@ def start(site: Site) -> TcaServing:
     config, options = resolved.config, read_options(resolved.files)
     _refuse(config, options)
     kernels = _kernels(site, config)
-    choices = choices_for_rank(
-        resolved.choices, site.layers, layout, rank=compat.tensor_rank(), ranks=compat.tensor_ranks()
-    )
-    pool = runner.req_to_token_pool
-    each = FarPool.bytes_per_set(choices, site.context_len, config)
+    ranks = compat.tensor_ranks()
+    of_ranks = [choices_for_rank(resolved.choices, site.layers, layout, rank=at, ranks=ranks) for at in range(ranks)]
+    choices, pool = of_ranks[compat.tensor_rank()], runner.req_to_token_pool
+    # heads keep different amounts, but a request has to find far sets on every rank or on none
+    each = max(FarPool.bytes_per_set(one, site.context_len, config) for one in of_ranks)
     count = site.parts_in_budget(
         "far set", each, asked_gb=options.index_memory_gb, option="index_memory_gb", instead="lower --context-length"
     )

@@ -90,7 +90,7 @@ class Block:
             return
         self._select(q, kv, layer, self.slots[text : text + 1], sm_scale)
         self.steps[layer] = 0
-        for values in (index.ids, index.count, index.far_end, index.selected, index.dropped):
+        for values in index.tensors:
             values[layer, text::texts] = values[layer, text].clone()
 
     def fills_like(self, other: Block) -> bool:

@@ -80,6 +80,9 @@ def pick_rings(rings: RingPool, rows: list[int], into: RingPool) -> RingPool:
     copies = {row: rings.snapshot(row) for row in set(rows)}
     for slot, row in enumerate(rows):
         into.restore(slot, copies[row])
+    if rings.index is not None and into.index is not None:
+        held = rings.slot_table[torch.tensor(rows, device=rings.device)]
+        into.index.take(rings.index, held.long(), into.slot_table[: len(rows)].long())
     into.counters = rings.counters
     return into
 

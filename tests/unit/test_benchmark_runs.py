@@ -42,7 +42,8 @@ def test_wrong_arguments_are_told_before_anything_runs(
         (["decode", "--backends", "triton,flashinfer", "--only", "G8"],
          ["test_triton_conformance.py", "test_flashinfer_conformance.py"]),
         (["fill"], ["test_triton_conformance.py"]),
-        (["tca"], ["test_tca.py"]),
+        (["tca", "--only", "prefill"], ["test_tca.py"]),
+        (["tca"], ["test_tca.py", "test_tca_index.py", "test_triton_conformance.py"]),
     ],
 )  # fmt: skip
 def test_nothing_is_timed_on_red_kits(

@@ -50,8 +50,10 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Site:
     return Site(runner, layers, CONTEXT, "reference")
 
 
-def start(site: Site, tmp_path: Path, **serving: Any) -> MacServing:
-    mac = {"window": WINDOW, "band": 4, "sinks": 1, "min_context": 16}
+MAC: dict[str, Any] = {"window": WINDOW, "band": 4, "sinks": 1, "min_context": 16}
+
+
+def start(site: Site, tmp_path: Path, mac: dict[str, Any] = MAC, **serving: Any) -> MacServing:
     (tmp_path / "config.json").write_text(json.dumps({"schema": 1, "mac": mac, "serving": serving}))
     return mac_serving.start(site)
 
@@ -63,6 +65,12 @@ def prefill(slot: int, rid: str) -> BatchRow:
 def test_a_budget_that_holds_no_ring_is_refused_with_the_setting(site: Site, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no ring fits: one takes .* raise serving\.ring_memory_gb .*mac\.window"):
         start(site, tmp_path, ring_memory_gb=0.9 * RING / GIB)
+
+
+def test_misses_that_would_read_selected_tokens_are_refused(site: Site, tmp_path: Path) -> None:
+    tca = {"block": 8, "local_window": 16, "sinks": 1, "refresh": 8}
+    with pytest.raises(ConfigError, match=r"mac\.tca: .*leave mac\.tca out.*--attention-backend tca"):
+        start(site, tmp_path, {**MAC, "tca": tca})
 
 
 def test_the_default_budget_holds_at_least_one_ring(site: Site, tmp_path: Path) -> None:

@@ -14,11 +14,11 @@ from mac_kernels.tca import TcaConfig
 from mac_kernels.tca.candidates import NUM_SPARSE, decode_keep
 from mac_kernels.tca.config import far_blocks
 from mac_kernels.tca.pool import FarPool
-from mac_sglang import tca_serving
+from mac_sglang import compat, tca_serving
 from mac_sglang.layers import LayerKind, LayerMap, ServedLayer
 from mac_sglang.options import ServingOptions
 from mac_sglang.requests import BatchRow, RequestTable
-from mac_sglang.serving import Site
+from mac_sglang.serving import GIB, Site
 from mac_sglang.tca_plan import TcaPlan, TcaPrefill, _batches
 from mac_sglang.tca_serving import TcaServing, choices_for_rank
 
@@ -205,6 +205,26 @@ def test_each_rank_takes_the_heads_that_it_holds() -> None:
     ]  # fmt: skip
     with pytest.raises(ConfigError, match="for 2 layers"):
         choices_for_rank(choices[:2], layers, two, rank=0, ranks=1)
+
+
+def test_ranks_whose_heads_keep_different_amounts_have_as_many_far_sets(monkeypatch: pytest.MonkeyPatch) -> None:
+    few, many = [NUM_SPARSE] * 2, [NUM_SPARSE - 1] * 2  # dense heads need no room
+    small, large = (FarPool.bytes_per_set([one] * 2, CONTEXT, CONFIG) for one in (few, many))
+    assert 2 * small < large
+    options = ServingOptions(index_memory_gb=3.5 * large / GIB)
+    found = SimpleNamespace(config=CONFIG, choices=[[*few, *many]] * 8, files=(), budgets=None)
+    monkeypatch.setattr(tca_serving, "resolve_tca", lambda key: found)
+    monkeypatch.setattr(tca_serving, "read_options", lambda files: options)
+    monkeypatch.setattr(compat, "model_key", lambda runner: None)
+    monkeypatch.setattr(compat, "tensor_ranks", lambda: 2)
+    site = Server().serving.site
+    site.runner.device = "cpu"
+    vars(site.runner.req_to_token_pool).update(size=ROWS - 1, free_slots=[], req_generation=torch.zeros(ROWS))
+    for rank, choice in enumerate((few, many)):
+        monkeypatch.setattr(compat, "tensor_rank", lambda rank=rank: rank)
+        started = tca_serving.start(site)
+        assert [list(one) for one in started.choices] == [choice] * 2
+        assert started.pool.num_sets == 3
 
 
 @pytest.mark.parametrize(
