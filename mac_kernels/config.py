@@ -123,7 +123,7 @@ class MacConfig:
         Examples
         --------
         >>> MacConfig.preset("fast", window=1024).influence
-        0.3
+        0.15
         """
         if name not in PRESETS:
             raise ConfigError(f"unknown preset {name!r}{_nearest(name, PRESETS)}; choose one of {', '.join(PRESETS)}")
@@ -324,8 +324,8 @@ def _tca_problems(c: MacConfig, tca: TcaConfig) -> list[str]:
 
 PRESETS: dict[str, MacConfig] = {
     "careful": MacConfig(),
-    "balanced": MacConfig(influence=0.2),
-    "fast": MacConfig(influence=0.3),
+    "balanced": MacConfig(influence=0.12),
+    "fast": MacConfig(influence=0.15),
     "exact": MacConfig(threshold=1.0, break_even=None),
     "paper": MacConfig(
         influence=None,

@@ -1,4 +1,7 @@
-"""The fused decode step: four launches, no host sync, fixed addresses, so that a CUDA graph can replay it."""
+"""The fused decode step: a few launches, no host sync, fixed addresses, so that a CUDA graph can replay it.
+
+Scout and decide, or the CUDA front in their place, then rest and complete.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ import triton
 
 from .attend.triton import rest_kernel
 from .complete.triton import complete_kernel
+from .cuda.front import Front, bind_front, say_unused, unsupported_front
 from .errors import UnsupportedError
 from .launch import LaunchParams, block_n, default_launch, nominees_at_once
 from .match.accept import limit_tables
@@ -19,6 +23,7 @@ from .match.triton_decide import decide_kernel
 from .paged import PagedKV, Table
 from .planning import Planned
 from .ring import RingPool
+from .support import dtype_reasons
 from .tca.index import MissIndex
 from .types import LOG2_E, StepTrace
 
@@ -58,6 +63,8 @@ class _Bound:
 
     rings: RingPool
     table: Table
+    front: Front | None
+    """Where it serves, in place of the next two."""
     scout: _Launch
     decide: _Launch
     rest: _Launch
@@ -125,38 +132,41 @@ class FusedStep:
         k, v, k_scale, v_scale = kv.k_cache, kv.v_cache, kv.k_scale, kv.v_scale
         stride_b, stride_h, _ = q.stride()
         out_stride_b, out_stride_h, _ = out.stride()
-        address = (
-            q.data_ptr() | out.data_ptr() | k.data_ptr() | v.data_ptr() | slots.data_ptr() | generations.data_ptr()
-        )
+        address = q.data_ptr() | out.data_ptr() | k.data_ptr() | v.data_ptr()
         form: tuple[object, ...] = (
             layer, stride_b, stride_h, out_stride_b, out_stride_h, k.stride(), v.stride(), q.dtype, k.dtype,
-            slots.dtype, generations.dtype,
+            slots.dtype, generations.dtype, address % 16 == 0,
         )  # fmt: skip
+        address |= slots.data_ptr() | generations.data_ptr()
         if isinstance(k_scale, torch.Tensor) and isinstance(v_scale, torch.Tensor):
             address |= k_scale.data_ptr() | v_scale.data_ptr()
             form = (*form, True)
         bound = self._bound.get(form)
         if bound is None or bound.rings is not rings or bound.table is not kv.table:
-            bound = self._bound[form] = self._bind(q, kv, rings, layer)
+            bound = self._bound[form] = self._bind(q, kv, rings, layer, slots, generations, out)
         aligned = address % 16 == 0
-        bound.scout(q, stride_b, stride_h, k, v, slots, generations, k_scale, v_scale, aligned=aligned)
-        bound.decide(q, stride_b, stride_h, slots, generations, aligned=aligned)
+        if bound.front is not None:
+            bound.front(q, kv, out, slots=slots, generations=generations)
+        else:
+            bound.scout(q, stride_b, stride_h, k, v, slots, generations, k_scale, v_scale, aligned=aligned)
+            bound.decide(q, stride_b, stride_h, slots, generations, aligned=aligned)
         bound.rest(q, stride_b, stride_h, k, v, k_scale, v_scale, aligned=aligned)
         bound.complete(out, out_stride_b, out_stride_h, aligned=aligned)
 
-    def _bind(self, q: torch.Tensor, kv: PagedKV, rings: RingPool, layer: int) -> _Bound:
+    def _bind(
+        self,
+        q: torch.Tensor,
+        kv: PagedKV,
+        rings: RingPool,
+        layer: int,
+        slots: torch.Tensor,
+        generations: torch.Tensor,
+        out: torch.Tensor,
+    ) -> _Bound:
         launch, block_d, itemsize = self.launch, _block_d(kv.layout.head_dim), max(q.element_size(), kv.itemsize)
         config, device = self._planned.config, q.device
-        if (
-            kv.k_cache.dtype.itemsize == 1
-            and device.type == "cuda"
-            and torch.cuda.get_device_capability(device) < (8, 9)
-        ):
-            raise UnsupportedError(
-                "backend 'triton'",
-                (f"an fp8 cache on {torch.cuda.get_device_name(device)} (needs compute capability 8.9)",),
-                "Use a bf16 cache, or backend='reference'.",
-            )
+        if against := dtype_reasons("triton", q.dtype, kv.k_cache.dtype, device):
+            raise UnsupportedError("backend 'triton'", against, "Use a bf16 cache, or backend='reference'.")
         band = triton.next_power_of_2(-(-(config.band + config.sinks) // launch.splits))
         values = {
             **self._workspace,
@@ -165,6 +175,15 @@ class FusedStep:
             **self._rule(layer),
             "PDL": self._pdl,
         }
+        front = None
+        if launch.cluster_size > 0:
+            reason = unsupported_front(q, kv, rings, config, out)
+            if reason is None:
+                front = bind_front(values, launch, q=q, slots=slots, generations=generations)
+            else:
+                say_unused(reason)
+        if front is not None:
+            values |= {"SPLITS": 1, "BLOCK_SPLITS": 1, "ALWAYS_GROUP": 1, "HITS_ARE_DONE": True}
 
         def bind(kernel: Any, programs: int, warps: int, **own: Any) -> _Launch:
             options = {"num_warps": warps, **({"launch_pdl": True} if self._pdl else {})}
@@ -173,6 +192,7 @@ class FusedStep:
         return _Bound(
             rings,
             kv.table,
+            front,
             scout=bind(
                 scout_kernel,
                 self._groups * 2 * launch.splits,
@@ -212,6 +232,7 @@ class FusedStep:
             "min_context": config.min_context,
             "break_even": config.break_even or 0.0,
             "SCAN_IS_OLDER": False,
+            "HITS_ARE_DONE": False,
             "num_groups": self._groups,
             "num_programs": self.programs,
             "BAND": config.band,
@@ -254,8 +275,8 @@ def stacked_trace(steps: Sequence[FusedStep]) -> StepTrace:
     kv_len = info[:, :, 0, 2] + 1
     stop = torch.clamp(kv_len - config.band, min=config.sinks)
     read = (stop[..., None] - info[..., 0]).clamp(min=0) + (kv_len - stop).clamp(min=0)[..., None] + config.sinks
-    some = [torch.full_like(info[0, :, :, 0], -1) if step._spared is None else step._spared for step in steps]
-    spared = torch.stack(some).view(read.shape).long()
+    some = [step._spared for step in steps if step._spared is not None]
+    spared = torch.stack(some).view(read.shape).long() if some else torch.full_like(read, -1)
     return StepTrace(
         reason=info[..., 6],
         head_hit=((info[..., 7, None] >> bits) & 1).bool().reshape(heads),

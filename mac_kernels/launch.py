@@ -16,6 +16,9 @@ class LaunchParams:
     Scout: ``splits`` programs per kv group scan the ring, ``block_rows`` rows at a time, and as many attend to band and
     sinks. Decide: one program per kv group. Rest: ``programs_per_sm``. Both attend to ``..._tile_bytes`` of keys and
     values at once. Complete: ``block_parts`` parts of a head merged at once. Warps and stages as in Triton.
+
+    Where the CUDA front can serve, it replaces scout and decide: ``cluster_size`` blocks (1, 2, 4 or 8) of
+    ``front_warps`` warps (4 or 8) per kv group; with 0 it is never used.
     """
 
     splits: int = 1
@@ -30,6 +33,8 @@ class LaunchParams:
     rest_stages: int = 5
     block_parts: int = 8
     complete_warps: int = 2
+    cluster_size: int = 0
+    front_warps: int = 8
 
 
 def default_launch(num_groups: int, config: MacConfig, num_sms: int) -> LaunchParams:

@@ -104,6 +104,7 @@ def fill_op(
         min_context=band + sinks + 1,
         correction=pool.correction,
         nominees=1 if pool.sketch_dim else None,
+        tca=None if pool.index is None else pool.index.config,
     )
     fill_rings(
         q,

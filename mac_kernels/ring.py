@@ -72,7 +72,7 @@ class RingPool:
     Raises
     ------
     ConfigError, InputError
-        If a count is out of range or the dtype is not supported.
+        If a count is out of range, the dtype is not supported, or the index is not for such a pool.
 
     Notes
     -----
@@ -117,6 +117,8 @@ class RingPool:
                 layout, window, dtype, correction, sketch_dim, index is not None
             ).items()
         }
+        if index is not None:
+            index.check_fits(num_layers, num_rings, layout.num_kv_heads, self.fields["pos"].device)
         self.index = index
         self._slots = SlotTable(num_slots, num_rings, self.device)
         self.slot_table = self._slots.table
@@ -173,7 +175,7 @@ class RingPool:
         return self._slots.free
 
     def holds(self, slot: int) -> bool:
-        """Whether the slot holds a ring."""
+        """Whether the slot, which must be in range, holds a ring."""
         return self._slots.place_of(slot) != EMPTY
 
     def acquire(self, slot: int, generation: int = 0) -> int:

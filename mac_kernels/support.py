@@ -36,7 +36,7 @@ def unsupported_reasons(
     ``dtypes`` may be unknown (``None``); what speaks against them is then left out.
     """
     missing = _missing_flashinfer() if backend == "flashinfer" else ()
-    against = () if dtypes is None else _dtype_reasons(backend, *dtypes, device)
+    against = () if dtypes is None else dtype_reasons(backend, *dtypes, device)
     return (*missing, *_CHECKS[backend](config, layout, device), *against)
 
 
@@ -107,7 +107,8 @@ def _match_reasons(config: MacConfig, layout: HeadLayout) -> tuple[str, ...]:
     return tuple(reason for good, reason in checks if not good)
 
 
-def _dtype_reasons(backend: Backend, q: torch.dtype, kv: torch.dtype, device: torch.device) -> tuple[str, ...]:
+def dtype_reasons(backend: Backend, q: torch.dtype, kv: torch.dtype, device: torch.device) -> tuple[str, ...]:
+    """What speaks against queries and KV cache of these dtypes."""
     if backend == "triton" and kv.itemsize == 1 and device.type == "cuda":
         if torch.cuda.get_device_capability(device) < (8, 9):
             return (f"an fp8 cache on {torch.cuda.get_device_name(device)} (needs compute capability 8.9)",)

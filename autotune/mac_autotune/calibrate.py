@@ -11,7 +11,6 @@ about something far back show it, and raise the factors of such heads.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -33,29 +32,26 @@ from mac_transformers.rope import ModelRope
 
 CALIBRATED_THRESHOLD = 0.3
 """Distance cap of calibrated configs: looser than the presets', since the scale knows which heads fetch facts."""
+CALIBRATED_INFLUENCE = {"careful": 0.05, "balanced": 0.1, "fast": 0.15}
+"""Influence bound by preset: of these rules divergence and needles were measured (``match/README.md``)."""
 _FEWEST_NEAR = 16  # samples within the distance cap below which all samples of a head are taken
 _DIGITS = 4
 
 
-def calibrated(config: MacConfig, scale: HeadTable) -> MacConfig:
-    """What a preset becomes with a calibrated scale: a looser distance cap and half the influence bound.
-
-    It then reads less at a lower divergence (figures in ``match/README.md``).
+def calibrated(preset: str, scale: HeadTable) -> MacConfig:
+    """What a preset becomes with a calibrated scale: it reads less, and finds as much in long contexts.
 
     Raises
     ------
     InputError
         If the preset has no influence bound that could be scaled.
     """
-    if config.influence is None or config.threshold >= 1:
-        raise InputError(
-            f"a scale means nothing with threshold={config.threshold} and influence={config.influence}; "
-            "calibrate for careful, balanced or fast"
-        )
-    return dataclasses.replace(
-        config,
-        threshold=min(config.threshold, CALIBRATED_THRESHOLD),
-        influence=config.influence / 2,
+    if preset not in CALIBRATED_INFLUENCE:
+        raise InputError(f"preset {preset!r} takes no scale; calibrate for careful, balanced or fast")
+    return MacConfig.preset(
+        preset,
+        threshold=CALIBRATED_THRESHOLD,
+        influence=CALIBRATED_INFLUENCE[preset],
         influence_scale=scale,
     )
 

@@ -27,7 +27,6 @@ SLOWER = 1.02
 """No hit rate may get slower than the default by more than this factor."""
 _WRONG = 1e-2  # of the output's norm: two roundings to bf16
 _ROUND_US = 4_000.0
-Latencies = dict[float, dict[str, Timing]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

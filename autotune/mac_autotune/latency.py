@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mac_kernels import HeadLayout, InputError, MacConfig
+from mac_kernels.match.sketch import default_sketch_dim
 from mac_kernels.tuned import KernelFile
 
 PLANTED_LAG = 64
@@ -99,8 +100,8 @@ class LatencyModel:
         on_hit = reads.tokens_on_hit if reads.hit > 0 else 0.0
         tokens = reads.hit * min(on_hit, context) + (1 - reads.hit) * context
         row = layout.group_size * layout.head_dim * item
-        # a row of the sketch: 64 codes, scale and position; every nominee is read whole
-        scan = config.window * 72 + (config.nominees or config.window) * row
+        # a row of the sketch: one byte per code, scale and position; every nominee is read whole
+        scan = config.window * (default_sketch_dim(layout) + 8) + (config.nominees or config.window) * row
         return batch * layout.num_kv_heads * (tokens * 2 * layout.head_dim * item + scan + 5 * row)
 
 
@@ -119,7 +120,7 @@ def curves_of(file: KernelFile) -> tuple[Curve, ...]:
 
 
 def curves_in(table: Path, layout: HeadLayout) -> tuple[Curve, ...]:
-    """The curves of a layout in a benchmark table (``benchmarks/results/<gpu>/decode.csv``).
+    """The curves of a layout in a benchmark table (``benchmarks/results/<gpu>/decode.csv``): Triton, ``careful``.
 
     Raises
     ------

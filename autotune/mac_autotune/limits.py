@@ -10,8 +10,8 @@ from .quality.metrics import Estimate
 
 LIMITS: dict[str, dict[str, tuple[float, float]]] = {
     "careful": {"kl": (-1, 0.0015), "kl_p99": (-1, 0.015), "ppl_ratio": (-1, 1.01), "top1": (1, 0.985)},
-    "balanced": {"kl": (-1, 0.004), "kl_p99": (-1, 0.045), "ppl_ratio": (-1, 1.02), "top1": (1, 0.975)},
-    "fast": {"kl": (-1, 0.012), "kl_p99": (-1, 0.15), "ppl_ratio": (-1, 1.03), "top1": (1, 0.955)},
+    "balanced": {"kl": (-1, 0.0025), "kl_p99": (-1, 0.025), "ppl_ratio": (-1, 1.01), "top1": (1, 0.98)},
+    "fast": {"kl": (-1, 0.004), "kl_p99": (-1, 0.04), "ppl_ratio": (-1, 1.02), "top1": (1, 0.975)},
 }
 """By preset and metric of ``mac-kernels eval kl``: -1 for at most, 1 for at least, and the limit."""
 RECALL = 0.95

@@ -25,6 +25,8 @@ LAUNCH_CHOICES: dict[str, tuple[int, ...]] = {
     "rest_stages": (2, 3, 4, 5),
     "block_parts": (4, 8, 16, 32),
     "complete_warps": (1, 2, 4),
+    "cluster_size": (0, 1, 2, 4, 8),
+    "front_warps": (4, 8),
 }
 """Every field of :class:`mac_kernels.launch.LaunchParams`; the values of the defaults are among them."""
 
@@ -33,6 +35,7 @@ KERNELS: dict[str, tuple[str, ...]] = {
     "decide": ("splits", "decide_warps"),
     "rest": ("rest_tile_bytes", "rest_warps", "rest_stages"),
     "complete": ("splits", "block_parts", "complete_warps"),
+    "front": ("cluster_size", "front_warps"),
 }
 """The fields that each kernel is compiled for: what they do not share need not be compiled in every combination."""
 
@@ -104,8 +107,10 @@ class PolicySpace:
 
 def variants(space: Mapping[str, tuple[int, ...]] = LAUNCH_CHOICES) -> list[LaunchParams]:
     """Launch parameters that together hold every variant of every kernel, as few as possible: what to compile ahead."""
+    # the front replaces scout and decide, so it has launches of its own
     by_splits = {
-        split: {name: _combinations(fields, space) for name, fields in KERNELS.items()} for split in space["splits"]
+        split: {name: _combinations(fields, space) for name, fields in KERNELS.items() if name != "front"}
+        for split in space["splits"]
     }
     found = []
     for split, kernels in by_splits.items():
@@ -114,7 +119,7 @@ def variants(space: Mapping[str, tuple[int, ...]] = LAUNCH_CHOICES) -> list[Laun
             for combinations in kernels.values():
                 values |= combinations[index % len(combinations)]
             found.append(LaunchParams(**{**values, "splits": split}))
-    return found
+    return [*found, *(LaunchParams(**front) for front in _combinations(KERNELS["front"], space))]
 
 
 def _combinations(fields: tuple[str, ...], space: Mapping[str, tuple[int, ...]]) -> list[dict[str, int]]:

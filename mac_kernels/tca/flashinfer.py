@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import triton
 
-from ..attend.flashinfer import FP8_DTYPES, HEAD_DIMS, QUERY_DTYPES
+from ..attend.flashinfer import FP8_DTYPES, HEAD_DIMS, QUERY_DTYPES, flashinfer_version
 from ..errors import UnsupportedError
 from ..fused import kv_arguments, taken_by
 from ..paged import PagedKV
@@ -35,6 +35,7 @@ def unsupported_reasons(q_dtype: torch.dtype, kv: PagedKV) -> tuple[str, ...]:
     dtypes, unit = (q_dtype, *FP8_DTYPES), _unit(kv)
     rows, known = _rows(kv.k_cache, unit), ", ".join(map(str, HEAD_DIMS))
     checks = (
+        (flashinfer_version() is not None, "flashinfer-python is missing (pip install 'mac-kernels[flashinfer]')"),
         (kv.layout.head_dim in HEAD_DIMS, f"head_dim={kv.layout.head_dim} (kernels for {known})"),
         (q_dtype in QUERY_DTYPES, f"{q_dtype} queries (bf16 or fp16)"),
         (kv.k_cache.dtype in dtypes, f"a {kv.k_cache.dtype} cache (the dtype of the queries, or fp8)"),

@@ -72,9 +72,29 @@ class MissIndex:
         self.dropped = torch.zeros(shape, device=device)
 
     @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """``ids``, ``count``, ``far_end``, ``selected`` and ``dropped``: layers, then rings, come first in all."""
+        return self.ids, self.count, self.far_end, self.selected, self.dropped
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all far sets."""
-        return sum(part.nbytes for part in (self.ids, self.count, self.far_end, self.selected, self.dropped))
+        return sum(part.nbytes for part in self.tensors)
+
+    def check_fits(self, num_layers: int, num_rings: int, num_kv_heads: int, device: torch.device) -> None:
+        """Check that it belongs to a pool of this shape: kernels find a group's place by its ring, unasked.
+
+        Raises
+        ------
+        InputError
+            If it does not, or lies on another device.
+        """
+        have, need = tuple(self.selected.shape), (num_layers, num_rings, num_kv_heads)
+        if have != need or self.selected.device != device:
+            raise InputError(
+                f"the index is for (layers, rings, kv heads) = {have} on {self.selected.device}, the pool has {need} "
+                f"on {device}; build both alike"
+            )
 
     def forget(self, ring: int) -> None:
         """Drop what was selected for a ring: its misses are exact until it is selected for again."""
@@ -84,6 +104,11 @@ class MissIndex:
         """Drop what was selected for ``rings`` [N] by queries at positions from ``lengths`` [N] on."""
         selected = self.selected[:, rings]
         self.selected[:, rings] = torch.where(selected < lengths[:, None], selected, -1)
+
+    def take(self, other: MissIndex, rings: torch.Tensor, into: torch.Tensor) -> None:
+        """Copy what was selected for ``rings`` [N] of another index of the same choices to the rings ``into`` [N]."""
+        for own, theirs in zip(self.tensors, other.tensors, strict=True):
+            own[:, into] = theirs[:, rings]
 
     def usable(self, layer: int, rings: torch.Tensor, reason: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
         """Which kv groups may read their far set only, [B, Hkv] bool.

@@ -14,6 +14,7 @@ from .index import NEVER, dropped_mass
 from .select import FarSet, importance, select_far
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # torch has no types for it
 def refresh_index(
     q: torch.Tensor,
     kv: PagedKV,
@@ -54,7 +55,8 @@ def refresh_index(
 
     Notes
     -----
-    Syncs with the device; no CUDA graph can capture it.
+    Syncs with the device; no CUDA graph can capture it, and ``torch.compile`` leaves it out of its
+    graphs, whose steps read the index as it was before them.
     """
     index = rings.index
     if index is None:
@@ -84,14 +86,15 @@ def _select(
     sm_scale: float,
     logits_soft_cap: float,
 ) -> tuple[FarSet, torch.Tensor]:
-    """Far sets, and the importance [B, Hkv, N] of the tokens from the sinks on."""
+    """Far sets, and the importance [B, Hkv, N] of the tokens from the sinks on; by the reference without a kernel."""
     if _on_kernels(q.device):
-        from .fused import select_and_score  # imports triton
+        from . import fused  # imports triton
 
-        selection, s = select_and_score(
-            q, kv, kv_len, choice, config=config, sm_scale=sm_scale, logits_soft_cap=logits_soft_cap
-        )
-        return selection.far, s
+        if not fused.unsupported_reasons(kv.layout, config):
+            selection, s = fused.select_and_score(
+                q, kv, kv_len, choice, config=config, sm_scale=sm_scale, logits_soft_cap=logits_soft_cap
+            )
+            return selection.far, s
     s = importance(q, kv, sm_scale=sm_scale, logits_soft_cap=logits_soft_cap)
     return select_far(s, kv_len, choice, config=config).far, s[:, :, config.sinks :]
 

@@ -313,13 +313,19 @@ _TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 
+_CHOICES = {"cluster_size": (0, 1, 2, 4, 8), "front_warps": (4, 8)}
+
+
 def launch_problems(launch: LaunchParams) -> list[str]:
     """What is wrong with launch parameters on any GPU; empty if nothing is."""
     values = dataclasses.asdict(launch)
     powers = {name for name in values if name.startswith("block_") or name.endswith("_warps") or name == "splits"}
     problems = []
     for name, value in values.items():
-        if not _is_int(value) or value < 1:
+        if name in _CHOICES:
+            if not _is_int(value) or value not in _CHOICES[name]:
+                problems.append(f"{name}={value!r} must be one of {', '.join(map(str, _CHOICES[name]))}")
+        elif not _is_int(value) or value < 1:
             problems.append(f"{name}={value!r} must be an integer >= 1")
         elif name in powers and value & (value - 1):
             problems.append(f"{name}={value} must be a power of two")

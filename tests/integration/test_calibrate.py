@@ -127,11 +127,10 @@ def test_answered_passages_that_are_too_short_are_refused(model, tokens):
         calibrate(model, tokens, config=CONFIG, answered=[(tokens[0, :100], 8)])
 
 
-def test_a_calibrated_preset_has_a_looser_cap_and_half_the_bound(plain):
-    found = calibrated(MacConfig.preset("balanced"), plain.tolist())
+def test_a_calibrated_preset_has_a_looser_cap_and_its_own_bound(plain):
+    found = calibrated("balanced", plain.tolist())
     assert (found.threshold, found.influence) == (0.3, 0.1)
     assert found.influence_scale == tuple(map(tuple, plain.tolist()))
-    assert calibrated(MacConfig(threshold=0.1), plain.tolist()).threshold == 0.1
     for preset in ("exact", "paper"):
         with pytest.raises(InputError, match="careful, balanced or fast"):
-            calibrated(MacConfig.preset(preset), plain.tolist())
+            calibrated(preset, plain.tolist())

@@ -40,7 +40,7 @@ def result(model: PreTrainedModel, tokens: torch.Tensor) -> Comparison:
     policies = {
         "window:fast": Window(like="fast"),
         "exact": Mac(MacConfig.preset("exact", **SMALL)),
-        "fast": Mac(MacConfig.preset("fast", threshold=0.2, **SMALL)),
+        "fast": Mac(MacConfig.preset("fast", threshold=0.2, influence=0.3, **SMALL)),
         "careful": Mac(MacConfig(threshold=0.2, **SMALL)),
         "newest": Mac(MacConfig(threshold=0.2, influence=None, nominees=None, **SMALL), find=find_newest),
         "paper": Mac(MacConfig.preset("paper", threshold=0.2, **SMALL)),

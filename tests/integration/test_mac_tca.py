@@ -77,6 +77,20 @@ def test_removed_tokens_take_their_selection_along(model: Any) -> None:
     assert index.selected.eq(-1).all()
 
 
+def test_rows_take_their_selection_along(model: Any) -> None:
+    cache = MacCache(model.config, MAC, budgets=budgets_for(model, SPARSE))
+    decoded(model, prompt(70, 41), cache)
+    before = [tensor.clone() for tensor in cache.rings.index.tensors]
+    assert not before[3][:, 0].equal(before[3][:, 1])
+    cache.reorder_cache(torch.tensor([1, 0]))
+    assert all(now.equal(own.flip(1)) for own, now in zip(before, cache.rings.index.tensors, strict=True))
+    cache.batch_repeat_interleave(2)
+    assert all(
+        now.equal(own.flip(1).repeat_interleave(2, 1))
+        for own, now in zip(before, cache.rings.index.tensors, strict=True)
+    )
+
+
 def test_without_budgets_it_says_what_to_do(model: Any) -> None:
     with pytest.raises(ConfigError, match="tca calibrate"):
         MacCache(model.config, MAC)

@@ -90,6 +90,7 @@ class ModelWrapper:
 def wrapper(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     if INTERPRETED:
         monkeypatch.setitem(sys.modules, "flashinfer", SimpleNamespace(BatchDecodeWithPagedKVCacheWrapper=ModelWrapper))
+        monkeypatch.setattr(flashinfer, "flashinfer_version", lambda: (0, 7, 0))
     flashinfer._wrapper.cache_clear()
     yield
     flashinfer._wrapper.cache_clear()
@@ -158,6 +159,14 @@ def test_what_flashinfer_cannot_do_is_refused(change: dict[str, Any], reason: st
     shape = dataclasses.replace(TINY[0], **change)
     lengths, store, _, (far, _) = decoding(shape, capacity=128)
     with pytest.raises(UnsupportedError, match=reason):
+        flashinfer.sparse_decode(queries(shape, len(lengths)), view(shape, store, lengths), far, **shape.options)
+
+
+def test_without_flashinfer_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = TINY[0]
+    lengths, store, _, (far, _) = decoding(shape, capacity=128)
+    monkeypatch.setattr(flashinfer, "flashinfer_version", lambda: None)
+    with pytest.raises(UnsupportedError, match=r"missing \(pip install 'mac-kernels\[flashinfer\]'\)"):
         flashinfer.sparse_decode(queries(shape, len(lengths)), view(shape, store, lengths), far, **shape.options)
 
 

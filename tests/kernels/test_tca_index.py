@@ -16,12 +16,13 @@ from test_tca import (
     choice_of,
     lengths_of,
     queries,
+    small,
     store_of,
     view,
 )
 
 from mac_kernels import RingPool
-from mac_kernels.tca import MissIndex, fused, importance, refresh_index
+from mac_kernels.tca import MissIndex, fused, importance, refresh_index, select_prompt
 from mac_kernels.tca import refresh as refresh_module
 from mac_kernels.tca.config import far_blocks
 from mac_kernels.tca.index import NEVER, dropped_mass
@@ -35,6 +36,22 @@ SHAPES = TINY if INTERPRETED else (*TINY, *REAL)
 def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Refresh with the kernels wherever this runs."""
     monkeypatch.setattr(refresh_module, "_on_kernels", lambda device: True)
+
+
+def test_a_shape_without_a_kernel_is_selected_by_the_reference() -> None:
+    config = dataclasses.replace(small(8, 16, 2), refresh=4)
+    shape = dataclasses.replace(TINY[0], config=config)
+    lengths, choice = lengths_of(config, 100), choice_of(shape.layout)
+    assert fused.unsupported_reasons(shape.layout, config) == ("block=8 (at least 16)",)
+    index = MissIndex([choice], config=config, num_rings=4, max_context=100, device=DEVICE)
+    rings = RingPool(num_rings=4, num_layers=1, layout=shape.layout, window=4, index=index, device=DEVICE)
+    slots = torch.tensor([rings.acquire(slot) for slot in range(4)], device=DEVICE)
+    kv, q = view(shape, store_of(shape, lengths), lengths), queries(shape, len(lengths))
+    refresh_index(q, kv, lengths, rings=rings, layer=0, slots=slots, generations=0 * slots, **shape.options)
+    want, got = select_prompt(q, kv, lengths, choice, config=config, **shape.options).far, index.far(0, slots)
+    assert torch.equal(got.count, want.count) and int(got.count[0, 0]) > config.sinks
+    count = int(got.count[0, 0])
+    assert torch.equal(got.ids[0, 0, :count], want.ids[0, 0, :count])
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -55,8 +55,8 @@ def test_tables_survive_json():
 
 def test_presets_are_what_they_say():
     assert MacConfig() == PRESETS["careful"]
-    assert PRESETS["balanced"].influence == 0.2
-    assert PRESETS["fast"].influence == 0.3
+    assert PRESETS["balanced"].influence == 0.12
+    assert PRESETS["fast"].influence == 0.15
     assert PRESETS["exact"].threshold >= 1
     paper = PRESETS["paper"]
     assert not paper.recompute_loaded_groups and not paper.correction and paper.influence is None
@@ -67,7 +67,7 @@ def test_presets_are_what_they_say():
 
 def test_preset_in_json_is_the_base_of_the_fields():
     text = json.dumps({"schema": 1, "preset": "balanced", "mac": {"window": 128}})
-    assert MacConfig.from_json(text) == MacConfig(influence=0.2, window=128)
+    assert MacConfig.from_json(text) == MacConfig(influence=0.12, window=128)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import random
 from collections.abc import Mapping
@@ -156,6 +157,19 @@ def test_measured_curves_are_reproduced_and_read_from_the_benchmark_table() -> N
     assert curves_in(RESULTS, HeadLayout(7, 7, 64)) == ()
     with pytest.raises(InputError, match="cannot be read"):
         curves_in(Path(__file__), LAYOUT) or curves_in(Path("/nowhere.csv"), LAYOUT)
+
+
+def test_other_backends_and_configs_of_the_table_are_left_out(tmp_path: Path) -> None:
+    with RESULTS.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    kept = [row for row in rows if (row["provider"], row["backend"], row["config"]) == ("mac", "triton", "careful")]
+    assert 0 < len(kept) < sum(row["provider"] == "mac" for row in rows)
+    alone = tmp_path / "decode.csv"
+    with alone.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(kept)
+    assert curves_in(alone, LAYOUT) == curves_in(RESULTS, LAYOUT)
 
 
 def test_the_estimate_is_near_the_measurement_where_there_is_one() -> None:

@@ -13,6 +13,7 @@ from misused_step import CONFIG, LENGTHS, Setup, check_refused, pool, ready_setu
 
 import mac_kernels as mk
 from mac_kernels.launch import LaunchParams
+from mac_kernels.tca import MissIndex, TcaConfig
 
 
 @pytest.fixture
@@ -36,6 +37,10 @@ def fill_page(s: Setup, page: int) -> None:
     table = s.store.table(LENGTHS)
     table.indices[1] = page
     s.fill(kv=s.store.kv(table))
+
+
+def index(num_rings: int = 2) -> MissIndex:
+    return MissIndex([[3, 3]] * 2, config=TcaConfig(refresh=8), num_rings=num_rings, max_context=64)
 
 
 def restore(s: Setup, **changes: Any) -> Any:
@@ -93,6 +98,16 @@ MISUSES: dict[str, tuple[Callable[[Setup], Any], type[Exception], tuple[str, ...
         lambda s: s.plan(rope=mk.Rope.from_inv_freq(torch.ones(8))),
         mk.InputError,
         ("rotary_dim=16", "<= head_dim=8", "build Rope from this model"),
+    ),
+    "an index for fewer rings": (
+        lambda s: pool(index=index(num_rings=1)),
+        mk.InputError,
+        ("= (2, 1, 2) on cpu", "the pool has (2, 2, 2) on cpu", "build both alike"),
+    ),
+    "an index that the config knows nothing of": (
+        lambda s: s.run(rings=pool(index=index())),
+        mk.InputError,
+        ("config.tca and the rings' index disagree", "MissIndex(..., config=config.tca)"),
     ),
     "launch parameters that nobody takes": (
         lambda s: s.plan(launch=LaunchParams()),

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from typing import Any
 
 import pytest
 import torch
 
 from mac_kernels import BatchMacDecodeWithPagedKVCacheWrapper, PagedKV, RingPool, fill_rings, ops
+from mac_kernels.tca import MissIndex, TcaConfig, refresh_index
 from mac_kernels.testing.conformance import Case, variant
 from mac_kernels.testing.scenario import PagedStore, poison_rings
 
@@ -19,7 +22,8 @@ LENGTHS = (30, 22)
 class Model:
     """Two layers over one prompt and some decode steps; everything that changes lies in tensors that stay."""
 
-    def __init__(self, *, rows: bool, scales: tuple[Any, Any] = (None, None)) -> None:
+    def __init__(self, *, rows: bool, scales: tuple[Any, Any] = (None, None), tca: TcaConfig | None = None) -> None:
+        self.config = CONFIG if tca is None else dataclasses.replace(CONFIG, tca=tca, max_age=64)
         generator = torch.Generator().manual_seed(3)
         layout = CASE.layout
         self.store = PagedStore(2, 64, layout, page_size=1, generator=generator)
@@ -28,7 +32,10 @@ class Model:
         self.rows, self.scales = rows, scales
         self.table = self.store.row_table([64, 64]) if rows else self.store.table([64, 64])
         self.set_lengths(LENGTHS)
-        self.rings = RingPool(num_rings=2, num_layers=2, layout=layout, window=16, dtype=torch.float32)
+        index = None if tca is None else MissIndex([[3, 3]] * 2, config=tca, num_rings=2, max_context=64)
+        self.rings = RingPool(
+            num_rings=2, num_layers=2, layout=layout, window=16, dtype=torch.float32, index=index
+        )  # fmt: skip
         poison_rings(self.rings)
         self.slots, self.generations = torch.arange(2), torch.zeros(2, dtype=torch.int64)
         for slot in range(2):
@@ -38,11 +45,11 @@ class Model:
         if rows:
             self.mac.plan_rows(
                 self.table.req_to_token, self.table.req_pool_indices, self.table.seq_lens,
-                layout=layout, rope=self.rope, max_kv_len=64, config=CONFIG,
+                layout=layout, rope=self.rope, max_kv_len=64, config=self.config,
             )  # fmt: skip
         else:
             self.mac.plan(
-                *self.table.pointers, layout=layout, page_size=1, rope=self.rope, config=CONFIG, max_kv_len=64
+                *self.table.pointers, layout=layout, page_size=1, rope=self.rope, config=self.config, max_kv_len=64
             )
 
     def set_lengths(self, lengths: tuple[int, ...]) -> None:
@@ -56,7 +63,7 @@ class Model:
         for layer in range(2):
             fill_rings(
                 q, qo_indptr, kv, rings=self.rings, layer=layer, slots=self.slots, generations=self.generations,
-                rope=self.rope, config=CONFIG, max_kv_len=64,
+                rope=self.rope, config=self.config, max_kv_len=64,
             )  # fmt: skip
 
     def decode(self, q: torch.Tensor) -> torch.Tensor:
@@ -116,6 +123,29 @@ def test_a_table_that_changes_inside_the_graph_is_seen() -> None:
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
     assert torch.equal(compiled.rings.fields["pos"], eager.rings.fields["pos"])
     assert compiled.rings.fields["pos"].amax(-1).tolist() == [[39, 32]] * 2
+
+
+def test_misses_read_selected_tokens_in_a_graph() -> None:
+    """Selection stays outside of the graph, whose step then reads what it wrote."""
+    torch._dynamo.reset()
+    tca = TcaConfig(block=8, local_window=24, sinks=2, refresh=4, mass_target=0.05)
+    generator, lengths = torch.Generator().manual_seed(5), (60, 50)
+    prompt, q = torch.randn(110, 4, 16, generator=generator), torch.randn(2, 4, 16, generator=generator)
+    outputs = []
+    for wrap in (lambda run: run, functools.partial(torch.compile, fullgraph=True, backend="aot_eager")):
+        model = Model(rows=False, tca=tca)
+        model.set_lengths(lengths)
+        wrap(model.prefill)(prompt, torch.tensor([0, 60, 110], dtype=torch.int32))
+        kv = PagedKV(model.store.k_cache, model.store.v_cache, model.table, CASE.layout, "NHD")
+        for layer in range(2):
+            refresh_index(
+                q, kv, lengths, rings=model.rings, layer=layer, slots=model.slots, generations=model.generations,
+                sm_scale=0.25,
+            )  # fmt: skip
+        outputs.append((wrap(model.decode)(q), model.rings.fields["seen"], model.rings.counters.values))
+    for got, want in zip(*outputs, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    assert set(outputs[0][1].unique().tolist()) == {-1, 49, 59}, "the misses of both requests read selected tokens"
 
 
 def test_operators_are_what_they_declare() -> None:

@@ -305,8 +305,8 @@ def calibrate(
     """
     import torch
 
-    from ..calibrate import CALIBRATED_THRESHOLD, calibrated
     from ..calibrate import calibrate as measure
+    from ..calibrate import calibrated
     from . import needle, texts
     from .sheet import Sheet
 
@@ -314,8 +314,7 @@ def calibrate(
     chosen = [name for name in known if name in names.split(",")]
     if len(chosen) != len(names.split(",")):
         raise InputError(f"--texts {names!r} must be some of docs, code, each once")
-    config = MacConfig.preset(preset)
-    calibrated(config, ((1.0,),))  # refuses a preset that it has no use for
+    config = calibrated(preset, ((1.0,),))  # before anything is read: refuses a preset that takes no scale
     with Sheet(model, None, False).bench(device) as bench:
         found = [
             texts.passages(bench.tokenizer, name, length=prompt_tokens, count=passages, seed=_CALIBRATION_SEED)
@@ -329,11 +328,11 @@ def calibrate(
         scale = measure(
             bench.model,
             torch.cat(found),
-            config=dataclasses.replace(config, threshold=CALIBRATED_THRESHOLD),
+            config=dataclasses.replace(config, influence_scale=None),
             answered=answered,
             progress=bench.step("calibrate"),
         )
-    write_whole(output, calibrated(config, scale).to_json())
+    write_whole(output, calibrated(preset, scale).to_json())
     typer.echo(output)
 
 

@@ -87,7 +87,7 @@ def kl_suite(
     others are compared with where they read as much (``kl_ratio``). ``seconds`` ends the decoding early, with fewer
     tokens.
     """
-    steps = tokens // passages
+    begin, steps = time.monotonic(), tokens // passages
     whole = [_text(bench, name, prompt_tokens, steps + 1, passages) for name in names]
     batch = torch.cat(whole)
     result = compare(
@@ -96,7 +96,7 @@ def kl_suite(
         batch[:, prompt_tokens:],
         rules,
         progress=bench.step("kl"),
-        seconds=seconds,
+        seconds=None if seconds is None else seconds - (time.monotonic() - begin),
     )
     cells = []
     for index, name in enumerate(names):

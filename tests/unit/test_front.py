@@ -1,0 +1,171 @@
+"""When the CUDA front is used, and how its sources become kernels; NVRTC is a fake."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mac_kernels import HeadLayout, MacConfig, PagedKV, PageTable, RingPool
+from mac_kernels.cuda import compiler, front
+from mac_kernels.launch import LaunchParams
+
+LAYOUT = HeadLayout(4, 2, 64)
+CONFIG = MacConfig(window=16, band=6, sinks=2, min_context=12)
+
+
+def step(
+    layout: HeadLayout = LAYOUT, dtype: torch.dtype = torch.bfloat16, **ring: Any
+) -> tuple[torch.Tensor, PagedKV, RingPool]:
+    table = PageTable(torch.tensor([0, 2]), torch.tensor([0, 1]), torch.tensor([3]), 4)
+    cache = torch.zeros(2, 4, layout.num_kv_heads, layout.head_dim, dtype=dtype)
+    rings = RingPool(num_rings=1, num_layers=1, layout=layout, window=16, **{"dtype": torch.bfloat16, **ring})
+    return (
+        torch.zeros(1, layout.num_qo_heads, layout.head_dim, dtype=dtype),
+        PagedKV(cache, cache, table, layout),
+        rings,
+    )
+
+
+def reasons(*parts: Any, config: MacConfig = CONFIG) -> str | None:
+    q, kv, rings = parts
+    return front.unsupported_front(q, kv, rings, config, torch.empty_like(q))
+
+
+def test_only_the_device_speaks_against_common_shapes() -> None:
+    for layout in (HeadLayout(32, 4, 128), HeadLayout(16, 1, 128), HeadLayout(8, 1, 256), HeadLayout(3, 1, 80)):
+        assert reasons(*step(layout)) == "device cpu (an NVIDIA GPU)"
+
+
+@pytest.mark.parametrize(
+    "parts, what",
+    [
+        (step(dtype=torch.float32), "queries in torch.float32"),
+        (step(sketch_dim=0), "sketch_dim=0"),
+        (step(HeadLayout(2, 2, 36)), "head_dim=36"),
+        (step(HeadLayout(17, 1, 64)), "17 query heads per kv head"),
+        (step(HeadLayout(16, 1, 256)), "16 heads of 256 dims"),
+    ],
+)
+def test_every_reason_names_the_value(parts: Any, what: str) -> None:
+    assert what in str(reasons(*parts))
+
+
+def test_other_dtypes_of_rows_and_cache_are_named() -> None:
+    q, kv, rings = step()
+    rows = RingPool(num_rings=1, num_layers=1, layout=kv.layout, window=16, dtype=torch.float32)
+    assert "ring rows in torch.float32" in str(reasons(q, kv, rows))
+    eight = dataclasses.replace(
+        kv, k_cache=kv.k_cache.to(torch.float8_e4m3fn), v_cache=kv.v_cache.to(torch.float8_e4m3fn)
+    )
+    assert "a cache in torch.float8_e4m3fn beside queries in torch.bfloat16" in str(reasons(q, eight, rings))
+    odd = torch.zeros(8 * 64 + 4, dtype=torch.bfloat16)[4:].view(1, 8, 64)[:, :4]
+    assert "no multiple of 16" in str(reasons(odd, kv, rings))
+    loose = torch.zeros(1, 4, 68, dtype=torch.bfloat16)[:, :, :64]
+    assert "multiples of 8" in str(reasons(loose, kv, rings))
+
+
+def test_a_reason_is_said_once(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(front, "_said", set())
+    with caplog.at_level(logging.INFO, "mac_kernels.cuda"):
+        for reason in ("one", "two", "one"):
+            front.say_unused(reason)
+    assert [record.getMessage().rpartition(": ")[2] for record in caplog.records] == ["one", "two"]
+
+
+class FakeNvrtc(types.ModuleType):
+    """Compiles by upper-casing, refuses sources that hold ``error``."""
+
+    def __init__(self) -> None:
+        super().__init__("cuda.bindings.nvrtc")
+        self.compiled: list[tuple[bytes, list[bytes]]] = []
+        self._ok, self._bad = types.SimpleNamespace(value=0), types.SimpleNamespace(value=6, name="NVRTC_ERROR")
+
+    def nvrtcVersion(self) -> Any:
+        return self._ok, 13, 0
+
+    def nvrtcCreateProgram(self, text: bytes, name: bytes, count: int, headers: Any, names: Any) -> Any:
+        assert count == len(headers) == len(names)
+        return self._ok, text
+
+    def nvrtcCompileProgram(self, program: bytes, count: int, options: list[bytes]) -> Any:
+        assert count == len(options)
+        self.compiled.append((program, options))
+        return (self._bad if b"-DBROKEN=1" in options else self._ok,)
+
+    def nvrtcGetCUBINSize(self, program: bytes) -> Any:
+        return self._ok, len(program)
+
+    def nvrtcGetCUBIN(self, program: bytes, code: bytes) -> Any:
+        return (self._ok,)
+
+    def nvrtcGetProgramLogSize(self, program: bytes) -> Any:
+        return self._ok, 4
+
+    def nvrtcGetProgramLog(self, program: bytes, log: bytes) -> Any:
+        return (self._ok,)
+
+
+@pytest.fixture
+def nvrtc(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeNvrtc:
+    fake, bindings = FakeNvrtc(), types.ModuleType("cuda.bindings")
+    bindings.nvrtc = fake  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "cuda.bindings", bindings)
+    monkeypatch.setattr(compiler, "_cache_folder", lambda: tmp_path / "cache")
+    compiler.compiled.cache_clear()
+    return fake
+
+
+def test_machine_code_is_kept_on_disk(nvrtc: FakeNvrtc, tmp_path: Path) -> None:
+    first = compiler.compiled("front.cu", (("GROUP", 8),), "sm_90")
+    assert len(first) == len((Path(compiler.__file__).parent / "front.cu").read_bytes())
+    compiler.compiled.cache_clear()  # as in the next process
+    assert compiler.compiled("front.cu", (("GROUP", 8),), "sm_90") == first
+    assert len(nvrtc.compiled) == 1 and len(list((tmp_path / "cache").iterdir())) == 1
+    for definitions, arch in (((("GROUP", 4),), "sm_90"), ((("GROUP", 8),), "sm_100")):
+        compiler.compiled("front.cu", definitions, arch)
+    assert len(nvrtc.compiled) == 3
+    assert b"--gpu-architecture=sm_90" in nvrtc.compiled[0][1] and b"-DGROUP=8" in nvrtc.compiled[0][1]
+
+
+def test_an_unwritable_cache_is_no_error(nvrtc: FakeNvrtc, tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("a file where the folder should be")
+    assert compiler.compiled("front.cu", (("GROUP", 8),), "sm_90")
+    assert len(nvrtc.compiled) == 1
+
+
+def test_what_does_not_compile_is_told(nvrtc: FakeNvrtc) -> None:
+    with pytest.raises(compiler.CudaError, match=r"front\.cu does not compile for sm_90"):
+        compiler.compiled("front.cu", (("BROKEN", 1),), "sm_90")
+
+
+def test_triton_serves_where_the_front_cannot_be_made(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton")
+    from mac_kernels.fused import FusedStep
+    from mac_kernels.planning import Planned
+    from mac_kernels.rope import Rope
+
+    def refuse(*arguments: Any) -> compiler.Kernel:
+        raise compiler.CudaError("no compiler here")
+
+    monkeypatch.setattr(front, "make_kernel", refuse)
+    monkeypatch.setattr(front, "unsupported_device", lambda device: None)
+    monkeypatch.setattr(front, "_said", set())
+    q, kv, rings = step()
+    planned = Planned(
+        table=kv.table, layout=kv.layout, config=CONFIG, rope=Rope.from_inv_freq(torch.ones(32)), sm_scale=0.1,
+        logits_soft_cap=0.0, max_kv_len=8,
+    )  # fmt: skip
+    ids = torch.zeros(1, dtype=torch.int64)
+    with caplog.at_level(logging.WARNING, "mac_kernels.cuda"):
+        fused = FusedStep(planned, launch=LaunchParams(cluster_size=2))
+        assert fused._bind(q, kv, rings, 0, ids, ids, torch.empty_like(q)).front is None
+    assert "no compiler here" in caplog.text
