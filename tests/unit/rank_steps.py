@@ -14,8 +14,8 @@ import torch
 from mac_kernels import BatchMacDecodeWithPagedKVCacheWrapper, HeadLayout, MacConfig, RingPool, fill_rings
 from mac_kernels.rope import Rope
 from mac_kernels.testing.scenario import PagedStore
-from mac_sglang.layers import LayerKind, LayerMap, MacLayer
-from mac_sglang.serving import _for_rank
+from mac_sglang.layers import LayerKind, LayerMap, ServedLayer
+from mac_sglang.mac_serving import for_rank
 
 LAYERS, QO_HEADS, KV_HEADS, DIM = 2, 8, 4, 64
 BATCH, PROMPT, STEPS = 3, 48, 24
@@ -39,8 +39,8 @@ class RankDecode:
         self.rank, self.size, self.backend, self.device = rank, size, backend, device
         self.layout = layout = HeadLayout(QO_HEADS // size, KV_HEADS // size, DIM)
         self.rope = Rope.from_inv_freq(10_000.0 ** -(torch.arange(0, DIM, 2, device=device) / DIM))
-        served = {number: MacLayer(number, LayerKind(self.rope, DIM**-0.5, 0.0)) for number in range(LAYERS)}
-        self.config = _for_rank(CONFIG, LayerMap(served, {}, layout), layout, rank)
+        served = {number: ServedLayer(number, LayerKind(self.rope, DIM**-0.5, 0.0)) for number in range(LAYERS)}
+        self.config = for_rank(CONFIG, LayerMap(served, {}, layout), layout, rank)
         self.rings = RingPool(
             num_rings=BATCH, num_layers=LAYERS, layout=layout, window=CONFIG.window, dtype=torch.float32, device=device
         )
