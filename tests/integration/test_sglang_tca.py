@@ -44,7 +44,7 @@ SPARSE_STEPS: Steps = [
 ]
 
 
-def tca(name: str, target: float, steps: Steps, ranks: int = 1) -> Run:
+def tca(name: str, target: float, steps: Steps) -> Run:
     shape = transformers.LlamaConfig(
         vocab_size=499, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16
     )
@@ -53,12 +53,11 @@ def tca(name: str, target: float, steps: Steps, ranks: int = 1) -> Run:
     retained = tuple(tuple(tuple(0.95 * mass for mass in head) for head in layer) for layer in budgets.retained)
     budgets = dataclasses.replace(budgets, retained=retained)
     config = {"schema": 1, "tca": {"mass_target": target}, "serving": {"index_memory_gb": 0.01}}
-    return Run(name, "tca", steps, {"config.json": json.dumps(config), budgets.file_name: budgets.to_json()}, ranks)
+    return Run(name, "tca", steps, {"config.json": json.dumps(config), budgets.file_name: budgets.to_json()})
 
 
 MIXED = 3  # first steps of STEPS: chunks, passes of several requests, prefix hits
 SPARSE, DENSE = tca("sparse", TARGET, SPARSE_STEPS), tca("dense", ALL, STEPS[:MIXED])
-TWO_RANKS = tca("sparse on two ranks", TARGET, [SPARSE_STEPS[0], requests(MIDDLE)], ranks=2)
 
 
 class Library:
@@ -134,13 +133,6 @@ def test_an_exact_request_reads_everything_and_nothing_that_was_read_sparsely(en
     got, want = engines(SPARSE), engines(TORCH)
     assert got["outputs"][6] == want["outputs"][0]
     assert got["counts"]["fallbacks"] == {"asked for exact": 3}
-
-
-def test_two_ranks_give_the_tokens_of_one(engines: Engines) -> None:
-    one, two = engines(SPARSE), engines(TWO_RANKS)
-    long, _, middle, *_ = one["outputs"]
-    assert two["outputs"] == [long, [middle[0][:24]]]
-    assert 0 < two["counts"]["read"] < two["counts"]["total"]
 
 
 def test_start_up_line_tells_budgets_config_and_memory(engines: Engines) -> None:
