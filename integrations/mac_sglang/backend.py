@@ -71,7 +71,10 @@ def backend_class(name: str, device: str) -> type:
 
 # Every `super()` below is SGLang's backend, which backend_class() puts behind this class: mypy sees `object` there.
 class ServedAttention:
-    """A method in front of one of SGLang's attention backends, which stays responsible for whatever it does not do."""
+    """A method in front of one of SGLang's attention backends, which stays responsible for whatever it does not do.
+
+    Every ``super()`` is that backend: :func:`backend_class` derives from this class and from it, which mypy cannot know.
+    """
 
     method: ClassVar[Method]
     req_to_token_pool: Any
@@ -96,19 +99,20 @@ class ServedAttention:
         """Prepare a pass that no graph replays."""
         if forward_batch.forward_mode.is_decode_or_idle():
             if not self._all_served:
-                super().init_forward_metadata(forward_batch)  # type: ignore[misc]
+                super().init_forward_metadata(forward_batch)  # type: ignore[misc]  # the exact backend's
             if self._serving is not None:
                 self._plan = self._eager_plan(self._serving, forward_batch)
                 self._plan.begin()
             return
         self._prefill = None if self._serving is None else self._serving.prefill(forward_batch)
         if self._prefill is None or not (self._prefill.whole and self._all_served):
-            super().init_forward_metadata(forward_batch)  # type: ignore[misc]
+            super().init_forward_metadata(forward_batch)  # type: ignore[misc]  # the exact backend's
 
     def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
         """Prepare the capture or a replay of a graph: nothing to do for the method but the plan at capture."""
         decode = forward_batch.forward_mode.is_decode_or_idle()
         if not decode or not self._all_served:
+            # the exact backend's
             super().init_forward_metadata_out_graph(forward_batch, in_capture=in_capture)  # type: ignore[misc]
         if self._serving is None or not decode:
             return
@@ -121,13 +125,13 @@ class ServedAttention:
 
     def init_forward_metadata_in_graph(self, forward_batch: Any) -> None:
         """What a graph records before its first layer."""
-        super().init_forward_metadata_in_graph(forward_batch)  # type: ignore[misc]
+        super().init_forward_metadata_in_graph(forward_batch)  # type: ignore[misc]  # the exact backend's
         if forward_batch.forward_mode.is_decode_or_idle() and self._plan is not None:
             self._plan.begin()
 
     def on_after_cuda_graph_warmup(self) -> None:
         """Forget what the warm-up passes stored and counted."""
-        super().on_after_cuda_graph_warmup()  # type: ignore[misc]
+        super().on_after_cuda_graph_warmup()  # type: ignore[misc]  # the exact backend's
         if self._serving is not None:
             self._serving.reset()
 
@@ -135,7 +139,7 @@ class ServedAttention:
         """Decode kernels read the request pool's rows themselves, until the end of the pass."""
         if self._serving is not None and mode.is_decode():
             return compat.reads_until_after_replay()
-        return super().shared_read_ends(mode)  # type: ignore[misc]
+        return super().shared_read_ends(mode)  # type: ignore[misc]  # the exact backend's
 
     def forward_decode(
         self,
@@ -150,7 +154,7 @@ class ServedAttention:
         """Attention of one token per request."""
         served = self._layers.served.get(layer.layer_id)
         if served is None or self._serving is None:
-            exact: torch.Tensor = super().forward_decode(  # type: ignore[misc]
+            exact: torch.Tensor = super().forward_decode(  # type: ignore[misc]  # the exact backend's
                 q, k, v, layer, forward_batch, save_kv_cache, **options
             )
             return exact
@@ -175,7 +179,7 @@ class ServedAttention:
         prefill = None if served is None else self._prefill
         out: torch.Tensor | None = None
         if prefill is None or not prefill.whole:
-            out = super().forward_extend(  # type: ignore[misc]
+            out = super().forward_extend(  # type: ignore[misc]  # the exact backend's
                 q, k, v, layer, forward_batch, save_kv_cache, **options
             )
         elif save_kv_cache and k is not None and v is not None:

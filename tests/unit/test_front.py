@@ -115,7 +115,7 @@ class FakeNvrtc(types.ModuleType):
 @pytest.fixture
 def nvrtc(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeNvrtc:
     fake, bindings = FakeNvrtc(), types.ModuleType("cuda.bindings")
-    bindings.nvrtc = fake  # type: ignore[attr-defined]
+    bindings.nvrtc = fake
     monkeypatch.setitem(sys.modules, "cuda.bindings", bindings)
     monkeypatch.setattr(compiler, "_cache_folder", lambda: tmp_path / "cache")
     compiler.compiled.cache_clear()
