@@ -73,7 +73,7 @@ def backend_class(name: str, device: str) -> type:
 class ServedAttention:
     """A method in front of one of SGLang's attention backends, which stays responsible for whatever it does not do.
 
-    Every ``super()`` is that backend: :func:`backend_class` derives from this class and from it, which mypy cannot know.
+    Every ``super()`` is that backend: :func:`backend_class` derives from this class and it, which mypy cannot know.
     """
 
     method: ClassVar[Method]
