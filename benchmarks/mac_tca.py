@@ -16,17 +16,16 @@ import torch
 import mac_kernels as mk
 from mac_kernels.tca import FarSet, MissIndex, TcaConfig, fused, refresh_index
 from mac_kernels.testing.scenario import Scenario, plant_step, random_store
-from mac_kernels.testing.timing import Timing, calls_per_round, measure
+from mac_kernels.testing.timing import Timing, measure
 
 from . import results
-from .decode import Call, WrongResultError, after, flashinfer_decode
-from .tca import TcaCase, budgets
+from .decode import Call, WrongResultError, flashinfer_decode
+from .tca import TcaCase, budgets, cold
 
 _DEVICE = "cuda"
 _PAGE = 16
 _TOLERANCE = 1e-2  # of the norm: two roundings to bf16
 _REFRESH = 128
-_ROUND_US = 20_000.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,7 +85,7 @@ def _run(case: MissCase, path: Path, facts: results.Row, repeats: int) -> None:
         store=store,
     )
     choice, kept = budgets(
-        TcaCase(step=True, batch=case.batch, context=case.context, layout=layout, kept=case.kept)
+        TcaCase(kind="decode", batch=case.batch, context=case.context, layout=layout, kept=case.kept)
     )  # fmt: skip
     rings, index = _with_index(scenario, both, choice, case.context)
     scale = layout.head_dim**-0.5
@@ -102,12 +101,7 @@ def _run(case: MissCase, path: Path, facts: results.Row, repeats: int) -> None:
     step, out, traced = _step(scenario, rings, both, rope)
     _check(scenario, traced(), out, expected, index, scale)
     dense, _ = flashinfer_decode(scenario.q, scenario.kv)
-    flush = torch.empty(2 * torch.cuda.get_device_properties(0).L2_cache_size, dtype=torch.int8, device=_DEVICE)
-    providers: dict[str, Call] = {"flashinfer-tc": dense, "mac": mac, "mac+tca": step, "": lambda: None}
-    calls = {name: [after(flush, call)] * calls_per_round(call, round_us=_ROUND_US) for name, call in providers.items()}
-    timed = measure(calls, device=_DEVICE, repeats=repeats)
-    idle = timed.pop("").p50_us
-    timed = {name: Timing(t.p20_us - idle, t.p50_us - idle, t.p80_us - idle, t.n) for name, t in timed.items()}
+    timed = cold({"flashinfer-tc": dense, "mac": mac, "mac+tca": step}, repeats)
     timed |= measure({"select": [select]}, device=_DEVICE, repeats=repeats, warmup=1, capture=False)
     one, two, selection = (timed[name].p50_us for name in ("mac", "mac+tca", "select"))
     two += selection / _REFRESH

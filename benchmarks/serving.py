@@ -28,6 +28,7 @@ EXACT = {"custom_params": {"mac": "exact"}}
 """Sampling parameters of a request that asks for exact attention."""
 _START_S = 480.0
 _STOP_S = 20.0
+_CANDIDATES = 5  # tokens that a tie is looked for among
 _PUBLISHED_S = 1.3  # mac_sglang publishes its counters once a second
 
 
@@ -172,30 +173,37 @@ def hit_rate(counts: Counter[str]) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """An exact answer to a prompt, and how far its second best token was behind at every step, in nats."""
+    """An exact answer to a prompt, and at every step how far the best few tokens were behind the best one, in nats."""
 
     prompt: list[int]
     tokens: list[int]
-    margins: list[float]
+    behind: list[dict[int, float]]
 
     @staticmethod
     async def ask(server: Server, prompt: list[int], *, tokens: int, **fields: Any) -> Reference:
         """Take the server's answer of so many tokens."""
-        wanted = {"return_logprob": True, "top_logprobs_num": 2, "logprob_start_len": -1}
+        wanted = {"return_logprob": True, "top_logprobs_num": _CANDIDATES, "logprob_start_len": -1}
         reply = await server.generate(prompt, max_new_tokens=tokens, ignore_eos=True, **wanted, **fields)
-        best = reply.meta["output_top_logprobs"]
-        return Reference(prompt, reply.output_ids, [float(top[0][0]) - float(top[1][0]) for top in best])
+        behind = [
+            {int(token): float(top[0][0]) - float(logprob) for logprob, token, *_ in top}
+            for top in reply.meta["output_top_logprobs"]
+        ]
+        return Reference(prompt, reply.output_ids, behind)
+
+    def gap(self, step: int, token: int) -> float:
+        """How far a token was behind the best one at a step, in nats; infinite beyond the best few."""
+        return self.behind[step].get(token, float("inf"))
 
     def judge(self, tokens: Sequence[int], *, asked: int, tie: float) -> str:
         """Compare another answer of ``asked`` tokens: ``equal``, ``equal up to a tie`` or ``WRONG``.
 
-        A token may differ only where the two best ones were closer than ``tie`` nats: batches of other sizes round
+        A token may differ only if it was less than ``tie`` nats behind the best one: batches of other sizes round
         differently. What follows it is another text.
         """
         same = agreement(tokens, self.tokens)
         if same == asked:
             return "equal"
-        tied = len(tokens) == asked and self.margins[same] < tie
+        tied = len(tokens) == asked and self.gap(same, tokens[same]) < tie
         return "equal up to a tie" if tied else "WRONG"
 
 

@@ -1,4 +1,8 @@
-"""A real model on a whole server: agreement with the baseline, hit rates and speed of the presets, prefix cache on."""
+"""A real model on a whole server: agreement with the baseline, hit rates and speed of the presets, prefix cache on.
+
+Where an answer under ``exact`` first differs from the baseline's, the baseline says how far the two tokens are apart: a
+gap of ``--tie`` or more is an error. The baseline's own answers in batches of another size are judged beside them.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +21,10 @@ from torch.nn.functional import pad
 
 from mac_kernels import PRESETS
 from mac_kernels.errors import InputError, MacError
-from mac_sglang.client import Reply
+from mac_sglang.client import Reply, Server
 
 from . import results
-from .serving import Launch, Started, agreement, describe, groups, hit_rate, say, serve, steady_speed, three
+from .serving import Launch, Reference, Started, agreement, describe, groups, hit_rate, say, serve, steady_speed, three
 
 PRESETS_MEASURED = ("exact", "careful", "balanced", "fast")
 _EARLY = 16  # tokens in which a second request has to reach the steady hit rate
@@ -40,10 +44,11 @@ class Prompts:
 
 @dataclass
 class Measured:
-    """What one server did, by part: replies, kv groups by reason."""
+    """What one server did, by part: replies, kv groups by reason, gaps of first differing tokens in nats."""
 
     replies: dict[str, list[Reply]] = field(default_factory=dict)
     groups: dict[str, Counter[str]] = field(default_factory=dict)
+    gaps: dict[str, list[float]] = field(default_factory=dict)
 
     def tokens(self, part: str) -> list[list[int]]:
         """Tokens of every reply."""
@@ -58,6 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt-tokens", type=int, default=7_000)
     parser.add_argument("--tokens", type=int, default=1_000)
     parser.add_argument("--presets", default=",".join(PRESETS_MEASURED), help="comma separated")
+    parser.add_argument("--tie", type=float, default=0.5, help="nats within which two tokens count as tied")
 
 
 def table(args: argparse.Namespace) -> str:
@@ -67,7 +73,7 @@ def table(args: argparse.Namespace) -> str:
 
 
 async def run(args: argparse.Namespace, output: Path) -> int:
-    """Start all servers at once, measure one after the other, write the table after each; 1 if one failed.
+    """Start all servers at once, measure one after the other, write the table after each; 1 if one failed or was wrong.
 
     Servers that only wait use no GPU, so the memory of all of them is what it takes; ``--server-args`` must leave it.
     """
@@ -86,18 +92,24 @@ async def run(args: argparse.Namespace, output: Path) -> int:
             for launch, server in zip(launches, servers, strict=True):
                 try:
                     measured = await _measure(server, prompts, args.tokens, baseline=full is None)
+                    full = full or measured
+                    if measured is full or launch.name == "exact":
+                        await _ask_gaps(servers[0], prompts, measured, full)
                 except MacError as error:
                     say(f"{launch.name}: FAILED, not reported: {error}")
                     failed = 1
                     if full is None:
                         break  # nothing to compare with
                     continue
-                full = full or measured
                 rows = _rows(launch, measured, full, args, shape)
                 results.upsert(output, rows)
                 for row in rows:
                     say(f"{row['config']:9} {row['case']:16} {row['metric']:20} p20 {row['p20']:>7} p50 "
                         f"{row['p50']:>7} p80 {row['p80']:>7} {row['unit']}")  # fmt: skip
+                wrong = [gap for gaps in measured.gaps.values() for gap in gaps if gap >= args.tie]
+                if wrong and measured is not full:
+                    say(f"{launch.name}: WRONG: first differing tokens are apart by {wrong} nats")
+                    failed = 1
     return failed
 
 
@@ -196,6 +208,27 @@ async def _measure(server: Started, prompts: Prompts, tokens: int, *, baseline: 
     return measured
 
 
+async def _ask_gaps(baseline: Started, prompts: Prompts, measured: Measured, full: Measured) -> None:
+    """Let the baseline say how far two servers' tokens are apart where their answers begin to differ."""
+    if isinstance(baseline, MacError):
+        raise baseline
+    own = measured is full
+    pairs = [("noise", "other order", "distinct")] if own else [(part, part, part) for part in ("distinct", "shared")]
+    for part, one, other in pairs:
+        inputs = prompts.shared if part == "shared" else prompts.distinct
+        answers = zip(inputs, measured.tokens(one), full.tokens(other), strict=True)
+        calls = [_gap(baseline, prompt, a, b) for prompt, a, b in answers if a != b]
+        measured.gaps[part] = list(await asyncio.gather(*calls))
+
+
+async def _gap(server: Server, prompt: list[int], a: list[int], b: list[int]) -> float:
+    """How many nats the worse of two answers' first differing tokens is behind the server's best there."""
+    same = agreement(a, b)
+    reference = await Reference.ask(server, [*prompt, *a[:same]], tokens=1)
+    ended = same == min(len(a), len(b))
+    return float("inf") if ended else max(reference.gap(0, answer[same]) for answer in (a, b))
+
+
 def _rows(
     launch: Launch, measured: Measured, full: Measured, args: argparse.Namespace, shape: dict[str, Any]
 ) -> list[results.Row]:
@@ -227,6 +260,11 @@ def _rows(
             _agree(row, part, measured.tokens(part), full.tokens(part))
     if "other order" in measured.replies:
         _agree(row, "noise", measured.tokens("other order"), measured.tokens("distinct"))
+    for part, gaps in measured.gaps.items():
+        row(part, "answers_wrong", "1", [sum(gap >= args.tie for gap in gaps)])
+        if gaps:
+            row(part, "gap_of_first_difference", "nats", gaps)
+            row(part, "gap_of_first_difference_most", "nats", [max(gaps)])
     if config:
         row("second", "hit_rate_first_16", "1", [hit_rate(measured.groups["early"])])
         later = Counter(measured.groups["later"])

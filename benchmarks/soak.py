@@ -1,8 +1,8 @@
 """Load a server for minutes and check every answer: ``python -m benchmarks.soak --minutes 8``.
 
 Clients send prompts of mixed lengths, some on a common prefix, and hang up on some answers. Before that, every prompt
-is answered once, alone; every later exact answer must be the same, up to ties: a token may differ only where the two
-best tokens of the first answer were closer than ``--tie`` (batches of other sizes round differently). Under the preset
+is answered once, alone; every later exact answer must be the same, up to ties: a token may differ only if it was less
+than ``--tie`` behind the best one of the first answer (batches of other sizes round differently). Under the preset
 ``exact`` all answers are exact, under another one those that ask for it. The server's GPU memory must not grow after
 the first quarter, and at the end the server must still give the first answers.
 
@@ -210,9 +210,10 @@ def _judge(reply: Reply, reference: Reference, asked: int, tally: Tally, tie: fl
     tally.outcomes[outcome] += 1
     if outcome == "WRONG":
         same = agreement(reply.output_ids, reference.tokens)
+        found = [f"is {reference.gap(same, token):.2f} nats behind the best" for token in reply.output_ids[same:]]
         tally.wrong.append(
             f"prompt of {len(reference.prompt)} ({reply.meta['cached_tokens']} cached): token {same} of {asked} "
-            f"differs, where the best was {reference.margins[same]:.2f} nats ahead"
+            f"{found[0] if found else 'is missing'}"
         )
 
 

@@ -1,4 +1,4 @@
-"""Time TCA beside FlashInfer's dense attention: prompts of one request, and decode steps, correctness first.
+"""Time TCA beside FlashInfer's dense attention: prompts, decode steps, and what eviction holds, correctness first.
 
 Every kept share counts all that is read of a context, window and sinks included. Keys and queries are random, so the
 kept tokens lie scattered: the worst case for gathering them.
@@ -10,13 +10,14 @@ import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
 import mac_kernels as mk
 from mac_kernels import tca
 from mac_kernels.attend.reference import shared_attention
-from mac_kernels.tca import FarSet, Selection, TcaConfig, fused
+from mac_kernels.tca import EvictedKV, FarSet, Selection, TcaConfig, fused
 from mac_kernels.tca.candidates import NUM_SPARSE, decode_keep, far_count
 from mac_kernels.tca.config import far_blocks
 from mac_kernels.tca.reference import prefill_mask
@@ -30,31 +31,33 @@ _DEVICE = "cuda"
 _PAGE = 16
 _TOLERANCE = 1e-2  # of the norm: two roundings to bf16
 _MASS_TOLERANCE = 1e-4  # of the importance that is kept: near-equal scores may change places
+_ROUND_US = 20_000.0
 _CONFIG = TcaConfig()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TcaCase:
-    """A prompt of one request, or a decode step, that keeps about this share of its context."""
+    """A prompt of one request, a decode step, or a request's cache, of whose context about this share is kept."""
 
-    step: bool
+    kind: Literal["prefill", "decode", "evict"]
     batch: int
     context: int
     layout: mk.HeadLayout
     kept: float
 
     def __str__(self) -> str:
-        kind = "decode" if self.step else "prefill"
-        return f"G{self.layout.group_size}-B{self.batch}-L{self.context}-{kind}-kept{self.kept:g}"
+        return f"G{self.layout.group_size}-B{self.batch}-L{self.context}-{self.kind}-kept{self.kept:g}"
 
 
 _LAYOUTS = (mk.HeadLayout(32, 8, 128), mk.HeadLayout(32, 4, 128))
 TCA = tuple(
-    TcaCase(step=step, batch=batch, context=context, layout=layout, kept=kept)
+    TcaCase(kind=kind, batch=batch, context=context, layout=layout, kept=kept)
     for layout in _LAYOUTS
-    for step, batch, context in ((False, 1, 131072), (True, 1, 126976), (True, 16, 126976))
+    for kind, batch, context in (
+        ("prefill", 1, 131072), ("decode", 1, 126976), ("decode", 16, 126976), ("evict", 1, 131072)
+    )
     for kept in (0.39, 0.15)
-)
+)  # fmt: skip
 """The published share of a context of 128K that is kept, and a smaller one."""
 
 
@@ -63,7 +66,7 @@ def run(cases: list[TcaCase], path: Path, facts: results.Row, repeats: int) -> i
     wrong = 0
     for case in cases:
         try:
-            (_decode if case.step else _prefill)(case, path, facts, repeats)
+            {"prefill": _prefill, "decode": _decode, "evict": _evict}[case.kind](case, path, facts, repeats)
         except WrongResultError as error:
             print(f"{case}: WRONG, not timed: {error}", flush=True)
             wrong = 1
@@ -144,18 +147,61 @@ def _decode(case: TcaCase, path: Path, facts: results.Row, repeats: int) -> None
     _check_selection(first, q[:1], kv.only(0), choice, scale)
     _compare("decode", step()[:1], tca.sparse_decode(q[:1], kv.only(0), first, sm_scale=scale).out)
     dense, _ = flashinfer_decode(q, kv)
-    flush = torch.empty(2 * torch.cuda.get_device_properties(0).L2_cache_size, dtype=torch.int8, device=_DEVICE)
-    providers: dict[str, Callable[[], object]] = {"flashinfer": dense, "decode": step, "": lambda: None}
-    calls = {name: [after(flush, call)] * calls_per_round(call, round_us=20_000.0) for name, call in providers.items()}
-    timed = measure(calls, device=_DEVICE, repeats=repeats)
-    idle = timed.pop("").p50_us
-    timed = {name: Timing(t.p20_us - idle, t.p50_us - idle, t.p80_us - idle, t.n) for name, t in timed.items()}
+    timed = cold({"flashinfer": dense, "decode": step}, repeats)
     full, ours = timed["flashinfer"].p50_us, timed["decode"].p50_us
     print(
         f"{case!s:38} kept {kept:.3f}  flashinfer-tc {full:8.1f}  tca {ours:8.1f}  speedup {full / ours:5.2f}",
         flush=True,
     )
     results.upsert(path, _rows(case, kept, timed, facts))
+
+
+def _evict(case: TcaCase, path: Path, facts: results.Row, repeats: int) -> None:
+    layout, lengths, scale = case.layout, [case.context], case.layout.head_dim**-0.5
+    q = _queries(1, layout)
+    choice, kept = budgets(case)
+    before = torch.cuda.memory_allocated()
+    store = random_store(lengths, layout, page_size=_PAGE, dtype=torch.bfloat16, device=_DEVICE)
+    whole = torch.cuda.memory_allocated() - before
+    kv = mk.PagedKV(store.k_cache, store.v_cache, store.table(lengths), layout)
+    selection = fused.select_prompt(q, kv, lengths, choice, config=_CONFIG, sm_scale=scale)
+    want = fused.sparse_decode(q, kv, selection.far, sm_scale=scale).out
+    before = torch.cuda.memory_allocated()
+    evicted = EvictedKV(kv, lengths, selection, choice, config=_CONFIG)
+    held = torch.cuda.memory_allocated() - before
+    rows = _one_head_a_request(evicted.paged())
+    sparse, out = flashinfer_decode(q.view(len(evicted.lengths), layout.group_size, layout.head_dim), rows)
+    sparse()
+    _compare("decode from what eviction left", out.view(q.shape), want)
+    dense, _ = flashinfer_decode(q, kv)
+    timed = cold({"flashinfer": dense, "evicted": sparse}, repeats)
+    full, ours = timed["flashinfer"].p50_us, timed["evicted"].p50_us
+    print(
+        f"{case!s:38} kept {kept:.3f}  MiB {whole / 2**20:7.1f} -> {held / 2**20:7.1f} ({held / whole - 1:+.1%})"
+        f"  flashinfer-tc {full:8.1f}  evicted {ours:8.1f}  speedup {full / ours:5.2f}",
+        flush=True,
+    )
+    memory = {"metric": "memory", "unit": "MiB"}
+    sizes = {"flashinfer": whole, "evicted": held}
+    sized = [row | memory | dict.fromkeys(("p20", "p50", "p80"), f"{sizes[name] / 2**20:.5g}") | {"n": "1"}
+             for name, row in zip(timed, _rows(case, kept, timed, facts), strict=True)]  # fmt: skip
+    results.upsert(path, [*_rows(case, kept, timed, facts), *sized])
+
+
+def _one_head_a_request(kv: mk.PagedKV) -> mk.PagedKV:
+    """The pages of one kv head, whose layouts are the same memory, in the layout that the baseline is asked in."""
+    k, v = (cache.transpose(1, 2) for cache in (kv.k_cache, kv.v_cache))
+    return mk.PagedKV(k, v, kv.table, kv.layout, "NHD")
+
+
+def cold(providers: dict[str, Callable[[], object]], repeats: int) -> dict[str, Timing]:
+    """Time decode steps in turn, each behind a flush of the L2 cache, whose own time is taken off."""
+    flush = torch.empty(2 * torch.cuda.get_device_properties(0).L2_cache_size, dtype=torch.int8, device=_DEVICE)
+    with_idle = {**providers, "": lambda: None}
+    calls = {name: [after(flush, call)] * calls_per_round(call, round_us=_ROUND_US) for name, call in with_idle.items()}
+    timed = measure(calls, device=_DEVICE, repeats=repeats)
+    idle = timed.pop("").p50_us
+    return {name: Timing(t.p20_us - idle, t.p50_us - idle, t.p80_us - idle, t.n) for name, t in timed.items()}
 
 
 def _queries(count: int, layout: mk.HeadLayout) -> torch.Tensor:
@@ -216,15 +262,15 @@ def _rows(case: TcaCase, kept: float, timed: dict[str, Timing], facts: results.R
         "unit": "us",
         **facts,
     }
-    rows, choice = [], f"kept {kept:.3f}"
+    rows, choice, steps = [], f"kept {kept:.3f}", case.kind != "prefill"
     for name, timing in timed.items():
         dense = name == "flashinfer"
         row = {
             **common,
-            "case": ("decode" if case.step else "prefill") if dense else name,
-            "provider": ("flashinfer-tc" if case.step else "flashinfer") if dense else "tca",
-            "backend": ("fa2" if case.step else "fa3") if dense else "triton",
-            "config": results.beside("triton", choice) if dense else choice,
+            "case": case.kind if dense else name,
+            "provider": ("flashinfer-tc" if steps else "flashinfer") if dense else "tca",
+            "backend": "triton" if name in ("prefill", "decode", "select") else "fa2" if steps else "fa3",
+            "config": results.beside("flashinfer" if case.kind == "evict" else "triton", choice) if dense else choice,
             "n": timing.n,
             **{f"p{part}": f"{getattr(timing, f'p{part}_us'):.5g}" for part in (20, 50, 80)},
         }

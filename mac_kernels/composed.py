@@ -24,6 +24,7 @@ from .ring import RingPool
 
 _SCAN_ROWS = 128  # ring rows that a program scans
 _TILE_WARPS = 4
+_TILE_NUMBERS = 8192  # of queries that a program copies at once
 _BLOCKS_PER_SM = 2  # of FlashInfer's kernel at once
 _MOST_SPLITS = 4  # of sinks and band: less than a tile of FlashInfer's kernel is no faster
 
@@ -82,8 +83,10 @@ class ComposedStep(FusedStep):
         self._entries = ints(batch * (config.sinks + config.band))
         self._always_ranges = Ranges(ints(splits * groups, 4), ints(layout.group_size), 0)
         self._always_lse = torch.zeros(splits * batch, layout.num_qo_heads, device=device)
-        self._tiles = most_tiles(batch, self.programs)
-        self._rest_ranges = Ranges(ints(self._tiles * layout.num_kv_heads, 4), self._int, self._int.stride(0))
+        self._tiles = most_tiles(batch, layout.num_kv_heads, self.programs)
+        places = self._tiles * layout.num_kv_heads
+        self._rest_ranges = Ranges(ints(places, 4), ints(places, layout.group_size), layout.group_size)
+        self._rest_ranges.bounds[:, 2] = torch.arange(places, dtype=torch.int32)
         self._tile_lse = torch.zeros(self._tiles, layout.num_qo_heads, device=device)
         self._spare_lse = torch.zeros_like(self._tile_lse)
         self._table_begin = ints(batch)
@@ -165,14 +168,16 @@ class ComposedStep(FusedStep):
 
         always = plan(ascending[: rows + 1].clone(), indices=self._entries, page_size=1, kv_layout="NHD")
         always.begin[:-1] = ascending[:rows] % batch * entries
+        rest = plan(
+            ascending[: self._tiles + 1].clone(),
+            indices=self._table_entries,
+            page_size=planned.table.page_size,
+            kv_layout=kv.kv_layout,
+        )
+        rest.begin[:-1] = 0  # every range may lie anywhere in the table
         return _Attention(
             always,
-            plan(
-                ascending[: self._tiles + 1].clone(),
-                indices=self._table_entries,
-                page_size=planned.table.page_size,
-                kv_layout=kv.kv_layout,
-            ),
+            rest,
             always_q=zeros(rows),
             always_out=zeros(rows),
             tile_q=zeros(self._tiles),
@@ -185,8 +190,8 @@ class ComposedStep(FusedStep):
     ) -> _Launches:
         check_cache(kv)
         layout, config, launch = self._planned.layout, self._planned.config, self.launch
-        batch = self._planned.table.batch_size
-        values = {
+        batch, block_h = self._planned.table.batch_size, triton.next_power_of_2(layout.num_kv_heads)
+        values: Arguments = {
             **self._workspace,
             **kv_arguments(kv, q.dtype),
             **ring_arguments(rings, layer),
@@ -205,21 +210,23 @@ class ComposedStep(FusedStep):
             "always_bounds_ptr": self._always_ranges.bounds,
             "entries_begin_ptr": self._table_begin,
             "tile_q_ptr": attention.tile_q,
-            "tile_begin_ptr": attention.rest.begin,
             "tile_bounds_ptr": self._rest_ranges.bounds,
+            "tile_start_ptr": self._rest_ranges.starts,
             "batch_size": batch,
             "tiles": self._tiles,
             "MIN_CHUNK": MIN_CHUNK,
             "STEP": STEP,
             "page_units": page_units(kv),
             "BLOCK_E": triton.next_power_of_2(config.sinks + config.band),
-            "BLOCK_H": triton.next_power_of_2(layout.num_kv_heads),
+            "BLOCK_H": block_h,
             "BLOCK_B": triton.next_power_of_2(batch),
             "BLOCK_R": min(_SCAN_ROWS, triton.next_power_of_2(config.window)),
             "SCAN_SPLITS": self._scan_splits,
             "SCAN_IS_OLDER": True,
             "BLOCK_P": launch.block_parts,
         }
+        at_once = _TILE_NUMBERS // (block_h * values["BLOCK_D"])
+        values["HEADS_AT_ONCE"] = max(1, min(values["BLOCK_G"], at_once))
 
         def bind(kernel: Any, warps: int) -> Arguments:
             pdl = {"launch_pdl": True} if self._pdl else {}
@@ -240,16 +247,18 @@ def flat_entries(table: Table) -> torch.Tensor:
     Raises
     ------
     InputError
-        If they are not int32, which FlashInfer needs, or too many to be counted in it.
+        If they are not int32, which FlashInfer needs, or name too many tokens to be counted in it.
     """
     _, pages, _ = table.pointers
     if isinstance(table, RowTable):
         rows, columns = pages.shape
         pages = pages.as_strided(((rows - 1) * table.row_stride + columns,), (1,))
-    if pages.dtype != torch.int32 or pages.numel() >= 2**31:
+    if pages.dtype != torch.int32:
+        raise InputError(f"FlashInfer reads int32 page tables, got {pages.dtype}; convert the table with .int()")
+    if pages.numel() * table.page_size >= 2**31:
         raise InputError(
-            f"FlashInfer reads page tables of less than 2^31 int32 entries, got {pages.numel()} {pages.dtype}; "
-            "convert the table with .int()"
+            f"positions in the whole page table must be below 2^31, got {pages.numel()} pages of {table.page_size} "
+            "tokens; use backend='triton'"
         )
     return pages
 

@@ -42,13 +42,19 @@ def default_launch(num_groups: int, config: MacConfig, num_sms: int) -> LaunchPa
 
     The first launch gets up to three programs per SM, at least 32 band tokens each. With few groups a miss is cut into
     many parts: then one program per SM with larger tiles leaves fewer to merge, and more of them are merged at once.
+    The front gets as large clusters as still run all at once, with room left for the SMs that a cluster cannot use.
     """
     most = max(1, min(8, config.band // 32))
     splits = 1
     while splits * 2 <= most and num_groups * splits * 4 <= 3 * num_sms:
         splits *= 2
+    front_warps = 4 if num_groups > 2 * num_sms else 8
+    cluster_size = next(
+        (size for size in (8, 4) if num_groups * size * 2 <= num_sms), 2 if num_groups * 2 <= num_sms else 1
+    )
     if num_groups * 4 <= num_sms:
         return LaunchParams(
+            cluster_size=cluster_size,
             splits=splits,
             scout_stages=1,
             programs_per_sm=1,
@@ -58,8 +64,16 @@ def default_launch(num_groups: int, config: MacConfig, num_sms: int) -> LaunchPa
             complete_warps=4,
         )
     if num_groups >= num_sms:
-        return LaunchParams(splits=splits, scout_stages=3, block_rows=128, block_parts=4, complete_warps=1)
-    return LaunchParams(splits=splits)
+        return LaunchParams(
+            cluster_size=cluster_size,
+            front_warps=front_warps,
+            splits=splits,
+            scout_stages=3,
+            block_rows=128,
+            block_parts=4,
+            complete_warps=1,
+        )
+    return LaunchParams(cluster_size=cluster_size, splits=splits)
 
 
 def block_n(tile_bytes: int, block_d: int, itemsize: int, most: int = 128) -> int:

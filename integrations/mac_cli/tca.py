@@ -1,40 +1,33 @@
-"""``mac-kernels tca calibrate``: budgets of a model's heads for TCA-Attention."""
+"""``mac-kernels tca``: budgets of a model's heads for TCA-Attention, and the block, window and target to use."""
 
 from __future__ import annotations
 
 import dataclasses
-import datetime
-import os
-import shlex
-import sys
-from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
-from mac_kernels import InputError, MissingError
+from mac_kernels import InputError
 from mac_kernels.places import user_config_dir
 
 from .output import JsonOption, out, print_json
 from .progress import stages
+from .tca_model import LONGEST, Loaded, checked, config_of
+from .tca_tune import tune
 
 if TYPE_CHECKING:
-    import torch
-
-    from mac_kernels.tca import TcaBudgets, TcaConfig
+    from mac_kernels.tca import TcaBudgets
     from mac_kernels.tca.budgets import RetainedMass
     from mac_kernels.tca.calibrate import Measure
 
 tca_app = typer.Typer(help="TCA-Attention: budgets of a model's heads.", no_args_is_help=True)
 
-_NEEDS = ("transformers", "accelerate", "gguf", "huggingface_hub")
-_PACKAGES = ("torch", "transformers", "mac-kernels")
-_SEED = 3  # `mac-kernels eval` measures other passages
-_LONGEST = 32768
 _TARGETS = (0.98, 0.95, 0.9, 0.3)
+
+
+tca_app.command("tune", epilog="Example: mac-kernels tca tune --model ./my-model --kl .004")(tune)
 
 
 @tca_app.callback()
@@ -67,54 +60,23 @@ def calibrate(
     as_json: JsonOption = False,
 ) -> None:
     """Measure what every head needs to keep, once per model, and write it for TCA to find."""
-    missing = [name for name in _NEEDS if find_spec(name) is None]
-    if missing:
-        raise MissingError(
-            f"tca calibrate needs {', '.join(missing)}; install them with: pip install 'mac-kernels[demo]'"
-        )
-    chosen = names.split(",")
-    if len(set(chosen)) != len(chosen) or not set(chosen) <= {"docs", "code"}:
-        raise InputError(f"--texts {names!r} must be some of docs, code, each once")
-    os.environ.setdefault("TQDM_DISABLE", "1")  # read when transformers is imported: its bars would run into ours
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
-    import torch
-
+    chosen = checked(names, device)
     from mac_autotune import calibrate_tca
-    from mac_kernels.tca import TcaBudgets
-    from mac_kernels.tca.budgets import CalibrationRun
     from mac_kernels.tca.calibrate import MEASURES
-    from mac_transformers.model_key import model_key
-    from mac_transformers.weights import find_weights
 
     kind: Measure | None = next((known for known in MEASURES if known == measure), None)
     if kind is None:
         raise InputError(f"--measure {measure!r} must be one of {', '.join(MEASURES)}")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise InputError(f"--device {device}: PyTorch sees no GPU here; use --device cpu")
     with stages() as display:
-        weights = find_weights(model)
-        net, tokenizer = weights.load()
-        context = int(net.config.get_text_config().max_position_embeddings)
-        length = min(context, _LONGEST) if tokens is None else tokens
-        window = calibrate_tca.default_window(context, block) if local_window is None else local_window
-        config = _config(block=block, local_window=window, sinks=sinks, rule=rule, alpha=alpha)
-        torch.nn.Module.to(net, device)
-        texts = _texts(tokenizer, chosen, length, passages)
+        loaded = Loaded.of(model, device)
+        window = calibrate_tca.default_window(loaded.context, block) if local_window is None else local_window
+        config = config_of(block=block, local_window=window, sinks=sinks, rule=rule, alpha=alpha)
+        length = min(loaded.context, LONGEST) if tokens is None else tokens
+        texts = loaded.passages(chosen, length, passages)
         found = calibrate_tca.calibrate(
-            net, texts, config=config, progress=lambda done, total: display("layers read", done, total)
+            loaded.net, texts, config=config, progress=lambda done, total: display("layers read", done, total)
         )
-    run = CalibrationRun(
-        texts=tuple(chosen),
-        samples=len(texts),
-        tokens=length,
-        versions={name: version(name) for name in _PACKAGES},
-        date=datetime.datetime.now(datetime.UTC).date().isoformat(),
-        command=_command(),
-    )
-    key = model_key(net.config, model or weights.name)
-    key = dataclasses.replace(key, name=key.short_name)  # no path of this machine
-    budgets = TcaBudgets(key=key, config=config, measure=kind, retained=found[kind], run=run)
+    budgets = loaded.budgets(config, kind, found[kind], chosen, texts)
     path = (user_config_dir() if output is None else output) / budgets.file_name
     budgets.save(path)
     shares = {name: _shares(budgets, name, found[name]) for name in MEASURES}
@@ -122,24 +84,6 @@ def calibrate(
         print_json({"path": str(path), "far_share": shares, "choices": budgets.choices(config)})
         return
     _show(budgets, shares, path)
-
-
-def _config(**values: Any) -> TcaConfig:
-    from mac_kernels.tca import TcaConfig
-
-    return TcaConfig.from_dict(values, source="tca calibrate")
-
-
-def _texts(tokenizer: Any, names: list[str], length: int, count: int) -> list[torch.Tensor]:
-    from mac_autotune.quality.texts import PassageName, passages
-
-    known: tuple[PassageName, ...] = ("docs", "code")
-    return [
-        one
-        for name in known
-        if name in names
-        for one in passages(tokenizer, name, length=length, count=count, seed=_SEED)
-    ]
 
 
 def _shares(budgets: TcaBudgets, measure: Measure, retained: RetainedMass) -> dict[str, float]:
@@ -169,8 +113,3 @@ def _show(budgets: TcaBudgets, shares: dict[Measure, dict[str, float]], path: Pa
         lines.add_row(str(layer), "  ".join(words))
     out().print(lines)
     out().print(f"written: {path}", soft_wrap=True, highlight=False)
-
-
-def _command() -> str:
-    """The command line without the paths of this machine."""
-    return shlex.join(["mac-kernels", *(Path(arg).name if "/" in arg else arg for arg in sys.argv[1:])])

@@ -68,9 +68,19 @@ class DecodeBatch:
         self.records = {name: torch.zeros(steps, num_layers, shape[0], device=device) for name in RECORDS}
         self._ropes: dict[int, Rope] = {}
         self._share = torch.ones(shape[0], device=device)  # of the KV, read by each row in the step before
-        self._dense_share = self._share[: self.num_dense * texts]
-        self._seen: list[tuple[torch.Tensor, torch.Tensor]] = []  # queries and outputs by layer
+        # a recorded pass is replayed as it is: what changes from step to step is told by the contents of tensors
+        self.step, self.position = (torch.zeros(1, dtype=torch.int64, device=device) for _ in range(2))
+        self.keep = torch.zeros(self.num_dense * texts, self.capacity, dtype=torch.bool, device=device)
+        self.sparse_table = self.table(texts, prompt_length)
+        self._traces: list[StepTrace] = []
+        self._seen: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # queries and outputs by layer
         self._sm_scale = 0.0
+
+    @property
+    def can_be_recorded(self) -> bool:
+        """Whether a CUDA graph can replay a pass: kernels serve all rows, and the host decides nothing."""
+        on_kernels = all(block.kernels is not None and block.rings.index is None for block in self.blocks)
+        return self.device.type == "cuda" and on_kernels and not self.tca
 
     def prefill(self, text: int) -> AttentionHandler:
         """Handler of the forward pass over the whole prompt of one text."""
@@ -80,32 +90,42 @@ class DecodeBatch:
         """Handler of the forward pass over the whole prompt of one text, read sparsely under one TCA policy."""
         return _TcaPrefill(self, text, rows)
 
-    def decode(self, step: int) -> AttentionHandler:
-        """Handler of the forward pass over one token of every row; :meth:`finish` must follow the pass."""
-        length = self.prompt_length + step + 1
-        for block in self.blocks:
-            block.table.last_page_len.fill_(length)
-        sinks, newest = self._window_sizes(length)
-        token = torch.arange(length, device=self.device)
-        self._seen.clear()
-        return _Decode(self, step, (token < sinks[:, None]) | (token >= length - newest[:, None]))
+    def begin(self, step: int) -> None:
+        """Tell the tensors that a pass reads which step it is."""
+        position = self.prompt_length + step
+        self.step.fill_(step)
+        self.position.fill_(position)
+        for table in (self.sparse_table, *(block.table for block in self.blocks)):
+            table.last_page_len.fill_(position + 1)
+        sinks, newest = self._window_sizes(position + 1)
+        token = torch.arange(self.capacity, device=self.device)
+        self.keep.copy_(((token < sinks[:, None]) | (token > position - newest[:, None])) & (token <= position))
 
-    def finish(self, step: int) -> None:
-        """Note what all layers did in the pass of a step, and show it to the observer."""
-        length = self.prompt_length + step + 1
+    def decode(self) -> AttentionHandler:
+        """Handler of the forward pass over one token of every row: :meth:`begin` comes before, :meth:`tally` after."""
+        return _Decode(self)
+
+    def tally(self) -> None:
+        """Note what all layers did in the pass."""
+        length = self.position + 1
         dense = slice(0, self.num_dense * self.texts)
-        read = self.records["kv_read"][step]
-        read[:, dense] = self._dense_share
+        read = torch.empty_like(self.records["kv_read"][0])
+        read[:, dense] = self.keep.sum(1) / length
         for sparse in self.tca:
             read[:, sparse.rows] = sparse.share
-        for block in self.blocks:
-            trace = block.trace()
-            self.records["group_hit"][step, :, block.rows] = trace.hit.float().mean(-1)
-            self.records["head_hit"][step, :, block.rows] = trace.head_hit.float().mean(-1)
+        self._traces = [block.trace() for block in self.blocks]
+        for block, trace in zip(self.blocks, self._traces, strict=True):
+            for name, values in (("group_hit", trace.hit), ("head_hit", trace.head_hit)):
+                self._record(self.records[name][:, :, block.rows], values.float().mean(-1))
             read[:, block.rows] = trace.kv_read.float().mean(-1) / length + block.read_to_select()
-            if self.observe is not None:
+        self._record(self.records["kv_read"], read)
+        self._share.copy_(read.mean(0))
+
+    def show(self, step: int) -> None:
+        """Let the observer see the pass of a step."""
+        if self.observe is not None:
+            for block, trace in zip(self.blocks, self._traces, strict=True):
                 self.observe(self._seen_of(block, step, trace))
-        self._share = read.mean(0)
 
     def rope(self, module: nn.Module) -> Rope:
         """The layer's rotation as a table on the device, so that a step does not compute or copy it."""
@@ -127,23 +147,25 @@ class DecodeBatch:
         k, v = (cache[rows] for cache in self.kv[layer])
         return PagedKV(k, v, table, self.layout, "HND")
 
-    def note(self, step: int, layer: int, q: torch.Tensor, out: torch.Tensor, sm_scale: float) -> None:
+    def note(self, layer: int, q: torch.Tensor, out: torch.Tensor, sm_scale: float) -> None:
         """Note the outputs [rows, Hq, D] of one layer."""
         flat = out.float().view(-1, self.texts, out[0].numel())
-        self.records["error"][step, layer] = ((flat - flat[0]).norm(dim=-1) / flat[0].norm(dim=-1)).flatten()
+        error = ((flat - flat[0]).norm(dim=-1) / flat[0].norm(dim=-1)).flatten()
+        self._record(self.records["error"][:, layer], error)
         if self.observe is not None:
-            self._seen.append((q, out))
+            self._seen[layer] = q, out
             self._sm_scale = sm_scale
 
-    def attend_dense(self, q: torch.Tensor, layer: int, keep: torch.Tensor, sm_scale: float) -> torch.Tensor:
-        """Full attention and windows of the first rows: ``q`` [rows, Hq, D], ``keep`` [rows, L]."""
-        k, v = (cache[: len(q), :, : keep.shape[1]] for cache in self.kv[layer])
-        if layer == 0:
-            self._dense_share = keep.float().mean(1)
+    def attend_dense(self, q: torch.Tensor, layer: int, sm_scale: float) -> torch.Tensor:
+        """Full attention and windows of the first rows: ``q`` [rows, Hq, D]."""
+        k, v = (cache[: len(q)] for cache in self.kv[layer])
         # the heads of a group as queries of one head: their keys are read once
-        heads = q.view(len(q), self.layout.num_kv_heads, -1, q.shape[-1])
-        out = functional.scaled_dot_product_attention(heads, k, v, attn_mask=keep[:, None, None], scale=sm_scale)
-        return out.reshape(q.shape)
+        heads, keep = q.view(len(q), self.layout.num_kv_heads, -1, q.shape[-1]), self.keep[:, None, None]
+        return functional.scaled_dot_product_attention(heads, k, v, attn_mask=keep, scale=sm_scale).reshape(q.shape)
+
+    def _record(self, record: torch.Tensor, values: torch.Tensor) -> None:
+        """Write the values of this step, whose number the device knows, into a record of all steps."""
+        record.index_copy_(0, self.step, values[None])
 
     def _window_sizes(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Sinks and newest tokens of the dense rows, [rows] int64 each; full attention reads all as newest."""
@@ -162,7 +184,7 @@ class DecodeBatch:
 
     def _seen_of(self, block: Block, step: int, trace: StepTrace) -> Seen:
         length = self.prompt_length + step + 1
-        q, out = ([seen[i][block.rows] for seen in self._seen] for i in range(2))
+        q, out = ([self._seen[layer][i][block.rows] for layer in range(len(self.kv))] for i in range(2))
         k, v = ([layer[i][block.rows, :, :length] for layer in self.kv] for i in range(2))
         return Seen(step, length - 1, block.names, q, out, trace, block.rings, k, v, self._sm_scale)
 
@@ -302,9 +324,8 @@ class _TcaPrefill:
 
 
 class _Decode:
-    def __init__(self, batch: DecodeBatch, step: int, keep: torch.Tensor) -> None:
-        self._batch, self._step, self._keep = batch, step, keep
-        self._position = batch.prompt_length + step
+    def __init__(self, batch: DecodeBatch) -> None:
+        self._batch = batch
 
     def attend(
         self, module: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sm_scale: float
@@ -312,18 +333,18 @@ class _Decode:
         # an int; torch types every attribute as Tensor | Module
         batch, layer = self._batch, int(module.layer_idx)  # type: ignore[arg-type]
         for cache, new in zip(batch.kv[layer], (k, v), strict=True):
-            cache[:, :, self._position] = new[:, :, 0]
+            cache.index_copy_(2, batch.position, new)
             for policy, rows in batch.stored:
-                cache[rows, :, self._position] = policy.round(new[rows, :, 0])
+                cache[rows].index_copy_(2, batch.position, policy.round(new[rows]))
         q = q[:, :, 0].contiguous()
         out, rope = torch.empty_like(q), batch.rope(module)
         for block in batch.blocks:
             kv = batch.paged(layer, block.rows, block.table)
             block.step(q[block.rows], out[block.rows], kv, layer=layer, rope=rope, sm_scale=sm_scale)
         for sparse in batch.tca:
-            kv = batch.paged(layer, sparse.rows, batch.table(batch.texts, self._position + 1))
+            kv = batch.paged(layer, sparse.rows, batch.sparse_table)
             sparse.step(q[sparse.rows], out[sparse.rows], kv, layer=layer, sm_scale=sm_scale)
-        dense = slice(0, len(self._keep))
-        out[dense] = batch.attend_dense(q[dense], layer, self._keep, sm_scale)
-        batch.note(self._step, layer, q, out, sm_scale)
+        dense = slice(0, len(batch.keep))
+        out[dense] = batch.attend_dense(q[dense], layer, sm_scale)
+        batch.note(layer, q, out, sm_scale)
         return out[:, None]

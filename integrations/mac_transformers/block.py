@@ -76,9 +76,11 @@ class Block:
             return stacked_trace([self.kernels[layer] for layer in sorted(self.kernels)])
         return StepTrace(*map(torch.stack, zip(*(self.traces[layer] for layer in sorted(self.traces)), strict=True)))
 
-    def read_to_select(self) -> torch.Tensor:
+    def read_to_select(self) -> torch.Tensor | float:
         """Share of the KV cache that each layer read in the last pass to select tokens for misses, [layers, 1]."""
-        anew = [self.rings.index is not None and not self.steps[layer] for layer in range(self.rings.num_layers)]
+        if self.rings.index is None:
+            return 0.0
+        anew = [not self.steps[layer] for layer in range(self.rings.num_layers)]
         return 0.5 * torch.tensor(anew, device=self.slots.device)[:, None]  # all keys are half of the cache
 
     def select_prompt(

@@ -36,6 +36,17 @@ def intercepted(model: PreTrainedModel) -> Iterator[None]:
         model.set_attn_implementation(before)
 
 
+def last_logits(
+    model: PreTrainedModel, tokens: torch.Tensor, position: torch.Tensor, handler: AttentionHandler
+) -> torch.Tensor:
+    """Logits after the last of the tokens [B, N] at some positions [B, N], under the handler; [B, V] fp32."""
+    result = model(
+        input_ids=tokens, position_ids=position, use_cache=False, logits_to_keep=1, attention_handler=handler
+    )
+    logits: torch.Tensor = result.logits[:, -1].float()
+    return logits
+
+
 @contextmanager
 def residual_norms(model: PreTrainedModel, layers: Iterable[int]) -> Iterator[dict[int, torch.Tensor]]:
     """Keep the norm of the residual stream that enters some layers, [L] each of the last pass, while the context lasts.

@@ -3,7 +3,7 @@
 // Products are taken transposed, S^T = K Q^T and O^T = V^T P^T, so that 8 heads fill the 8 columns of an mma. The order
 // of the head dims in a product is free: a lane takes 8 neighbours at a time, 16 bytes.
 #pragma once
-#include "device.cuh"
+#include "layout.cuh"
 
 constexpr int HEAD_BLOCKS = (GROUP + 7) / 8;
 constexpr int K_CHUNKS = (HEAD_DIM + 31) / 32;  // of 4 lanes x 8 dims
@@ -24,8 +24,6 @@ DEVICE uint4 load_16(const unsigned short* from, bool present) {
 template <int CHUNK> DEVICE uint4 load_chunk(const unsigned short* from, int i, int lane_dim) {
     return load_16(from + CHUNK * i, HEAD_DIM % CHUNK == 0 || CHUNK * i + lane_dim < HEAD_DIM);
 }
-
-DEVICE u32 word(const uint4& x, int i) { return i == 0 ? x.x : i == 1 ? x.y : i == 2 ? x.z : x.w; }
 
 DEVICE void clear(State& state) {
 #pragma unroll

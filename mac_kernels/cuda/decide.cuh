@@ -12,7 +12,6 @@ struct Verdict {
     // of this lane's head
     int pos, start;
     float lse;                   // of the matched state, corrected
-    float always_max, always_sum;  // of sinks and band
     // of the group
     bool reuse;
     int low, stop, anchor;
@@ -27,7 +26,7 @@ DEVICE Limits load_limits(const Args& a, int kv_head, int lane) {
 // The nominee that a head reuses: the nearest one, among equals the newest; -1 if there is none.
 DEVICE int elect(const Shared& shared, int head, int side) {
     int best = INFINITE, best_pos = -1, best_slot = -1;
-#pragma unroll 2
+#pragma unroll 3
     for (int slot = side; slot < NOMINEES; slot += 2) {
         int bits = 0;
         if (GROUP_SCOPE)
@@ -69,29 +68,33 @@ DEVICE void note(const Args& a, const Step& s, const Verdict& v, float distance,
     if (BYPASS && (reason == HIT || reason >= DISTANCE)) atomicAdd(a.bypass + 1, 1);
 }
 
-DEVICE Verdict decide(const Args& a, const Step& s, const Shared& shared, Limits limits, int parts, bool paused,
+// Maximum and sum of the weights of sinks and band, of this lane's head.
+DEVICE float2 weigh_always(const Shared& shared, int parts, int lane) {
+    const int head = min(lane % 16, GROUP - 1), side = lane / 16;
+    float top = -INFINITY, sum = 0.f;
+#pragma unroll 4
+    for (int part = side; part < parts; part += 2) top = fmaxf(top, shared.band_weight[part][head].x);
+    top = fmaxf(top, __shfl_xor_sync(ALL_LANES, top, 16));
+    if (top == -INFINITY) top = 0.f;
+#pragma unroll 4
+    for (int part = side; part < parts; part += 2) {
+        const float2 weight = shared.band_weight[part][head];
+        sum += weight.y * exp2_of(weight.x - top);
+    }
+    return make_float2(top, sum + __shfl_xor_sync(ALL_LANES, sum, 16));
+}
+
+DEVICE Verdict decide(const Args& a, const Step& s, const Shared& shared, Limits limits, float2 always, bool paused,
                       bool notes, int lane) {
     const int head = lane % 16 < GROUP ? lane % 16 : 0, side = lane / 16;
     Verdict v;
-    v.always_max = -INFINITY, v.always_sum = 0.f;
-#pragma unroll 2
-    for (int part = side; part < parts; part += 2) v.always_max = fmaxf(v.always_max, shared.band_weight[part][head].x);
-    v.always_max = fmaxf(v.always_max, __shfl_xor_sync(ALL_LANES, v.always_max, 16));
-    if (v.always_max == -INFINITY) v.always_max = 0.f;
-#pragma unroll 2
-    for (int part = side; part < parts; part += 2) {
-        const float2 weight = shared.band_weight[part][head];
-        v.always_sum += weight.y * exp2_of(weight.x - v.always_max);
-    }
-    v.always_sum += __shfl_xor_sync(ALL_LANES, v.always_sum, 16);
-
     const int slot = s.searching ? elect(shared, head, side) : -1;
     const float2 near = slot < 0 ? make_float2(INFINITY, -INFINITY) : shared.near[slot][head];
     const int anchor = slot < 0 ? -1 : shared.anchors[slot];
     v.pos = slot < 0 ? -1 : shared.nominees[slot];
     v.lse = near.y;
 
-    const float always_lse = v.always_sum > 0.f ? log2_of(v.always_sum) + v.always_max : -INFINITY;
+    const float always_lse = always.y > 0.f ? log2_of(always.y) + always.x : -INFINITY;
     float top = fmaxf(always_lse, v.lse);
     if (top == -INFINITY) top = 0.f;
     const float own = exp2_of(v.lse - top), total = exp2_of(always_lse - top) + own;

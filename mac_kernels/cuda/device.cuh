@@ -42,6 +42,9 @@ template <typename T> DEVICE void copy_async(T* to, const T* from) {
 }
 DEVICE void copies_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
+// Fetches the 128 bytes around an address into the L2 cache.
+DEVICE void prefetch(const void* from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from)); }
+
 DEVICE float exp2_of(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

@@ -19,10 +19,13 @@ DEVICE Row row_at(const Args& a, const half_bits* k, const half_bits* v, int pag
 
 DEVICE float scale_of(const float* pointer, float number) { return SCALES_ON_DEVICE ? *pointer : number; }
 
-// Shares what is known of a group's state after waiting for all blocks of its cluster.
-DEVICE void everyone() {
-    if (CLUSTER == 1) __syncthreads();
-    else cluster_wait();
+// What was sent before arriving is there after the wait.
+DEVICE void arrive() {
+    if (CLUSTER > 1) cluster_arrive();
+}
+DEVICE void wait() {
+    if (CLUSTER > 1) cluster_wait();
+    else __syncthreads();
 }
 
 DEVICE void send_state(State& state, float2* weights, float* parts, int lane, bool to_all) {
@@ -46,7 +49,6 @@ DEVICE void attend_always(const Args& a, const Step& s, Shared& shared, int stop
     const half_bits *k = a.k + (i64)s.kv_head * a.stride_kh, *v = a.v + (i64)s.kv_head * a.stride_vh;
     const int start[HEAD_BLOCKS][2] = {};
     const int part = warp * CLUSTER + s.rank;
-    if (16 * part >= entries) return;
     State state;
     clear(state);
     for (int first = 16 * part; first < entries; first += 16 * BAND_PARTS) {
@@ -58,6 +60,8 @@ DEVICE void attend_always(const Args& a, const Step& s, Shared& shared, int stop
         };
         attend_tile<false>(state, state, &shared.q[0][0], at, entries - first, start, scale, a.soft_cap, lane);
     }
+    if (CLUSTER > 1) cluster_wait();  // all blocks run: from here on their shared memory may be written
+    if (16 * part >= entries) return;
     send_state(state, shared.band_weight[part], &shared.band_out[part][0][0], lane, true);
 }
 
@@ -85,9 +89,18 @@ DEVICE void attend_rest(const Args& a, const Step& s, Shared& shared, const Verd
     if (KBAR) push_sums(keys.out, &shared.rest_key[part][0][0], lane);
 }
 
-// Positions and scales of the group's rows, the sketch of its query, the nominated rows and their distances.
-DEVICE void search(const Args& a, Step& s, Shared& shared, const u32 (&term)[IMAGES][TERMS], bool owned, int warp,
-                   int lane) {
+// Fetches the keys and values that a reuse of a recent row would add; a thread takes 128 bytes.
+DEVICE void fetch_rest(const Args& a, const Step& s, int lowest, int stop, int thread) {
+    constexpr int LINES = (HEAD_DIM + 63) / 64;
+    const int index = s.rank * SIDE + thread, position = stop - 1 - index / (2 * LINES), line = index % LINES * 64;
+    if (position < lowest) return;
+    const half_bits *k = a.k + (i64)s.kv_head * a.stride_kh, *v = a.v + (i64)s.kv_head * a.stride_vh;
+    const Row row = row_at(a, k, v, (int)a.pages[s.first_page + position / PAGE_SIZE], position);
+    prefetch((index / LINES % 2 ? row.v : row.k) + line);
+}
+
+// Keys of this block's rows; the smallest go to all blocks. Returns the sketch of the query.
+DEVICE Codes search(const Args& a, const Step& s, Shared& shared, const Terms& terms, bool owned, int warp, int lane) {
     const int thread = warp * 32 + lane, begin = s.rank * ROWS;
     const int last = s.searching ? min(begin + ROWS, WINDOW) : 0;
     Rows rows = load_rows(a, s, begin + BLOCK_ROWS * warp, last, lane);
@@ -97,9 +110,8 @@ DEVICE void search(const Args& a, Step& s, Shared& shared, const u32 (&term)[IMA
 #pragma unroll 1
     for (int i = CANDIDATES + thread; i < CANDIDATE_SLOTS; i += SIDE) shared.candidates[i] = 0x7fffffff;
     some_sync(1, SIDE);
-    const Codes codes = sketch(shared, term, thread, warp, lane);
-    s.searching = s.searching && owned;
-    if (s.searching) {
+    const Codes codes = sketch(shared, terms, thread, warp, lane);
+    if (s.searching && owned) {
         float query[16];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
@@ -115,27 +127,26 @@ DEVICE void search(const Args& a, Step& s, Shared& shared, const u32 (&term)[IMA
             rows = next;
         }
         some_sync(1, SIDE);
-        push_candidates(shared, s.rank, thread);
     }
-    if (CLUSTER > 1) cluster_arrive(), cluster_wait();
-    else some_sync(1, SIDE);
-    if (s.searching) {
-        nominate(shared, s.position, thread);
-        some_sync(1, SIDE);
-        push_distances(a, s, shared, warp, lane);
-    }
-    if (CLUSTER > 1) cluster_arrive();
-    if (!owned || s.position < 0) return;
-    // the row at m - W is overwritten from here on; nothing matches it any more, its tag is still the old position
+    if (CLUSTER > 1) cluster_wait();
+    if (s.searching && owned) push_candidates(a, s, shared, thread);
+    return codes;
+}
+
+// Writes the query of the new row and its sketch. The row at m - W is overwritten from here on; nothing matches it any
+// more, its tag is still the old position.
+DEVICE void store_query(const Args& a, const Step& s, const Shared& shared, const Codes& codes, int thread) {
     const i64 row = s.ring_row + s.position % WINDOW, at = row * NUM_KV_HEADS + s.kv_head;
+    if (s.rank == 0 && thread < SIDE) {
 #pragma unroll
-    for (int i = 0; i < IMAGES; ++i) {
-        const int k = thread + i * SIDE;
-        if (s.rank == 0 && k < SKETCH_DIM) a.ring_sketch[at * SKETCH_DIM + k] = (signed char)codes.of[i];
+        for (int i = 0; i < IMAGES; ++i) {
+            const int k = thread + i * SIDE;
+            if (k < SKETCH_DIM) a.ring_sketch[at * SKETCH_DIM + k] = (signed char)codes.of[i];
+        }
+        if (thread == 0) a.ring_scale[at] = codes.scale;
     }
-    if (s.rank == 0 && thread == 0) a.ring_scale[at] = codes.scale;
 #pragma unroll 1
-    for (int i = thread; i < OWN_HEADS * HEAD_DIM / 4; i += SIDE) {
+    for (int i = thread; i < OWN_HEADS * HEAD_DIM / 4; i += THREADS) {
         const int head = i / (HEAD_DIM / 4) * CLUSTER + s.rank, d = i % (HEAD_DIM / 4) * 4;
         if (head >= GROUP) continue;
         half_bits* to = a.ring_q + (row * QO_HEADS + s.kv_head * GROUP + head) * HEAD_DIM + d;
@@ -160,11 +171,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) front(const
     s.group = blockIdx.x / CLUSTER;
     s.request = s.group / NUM_KV_HEADS;
     s.kv_head = s.group % NUM_KV_HEADS;
-    if (CLUSTER > 1) cluster_arrive();
+    arrive();
     const Limits limits = load_limits(a, s.kv_head, lane);
-    u32 term[IMAGES][TERMS];
-    if (searches) load_terms(a, term, thread);
-    if (CLUSTER > 1) cluster_wait();  // all blocks run: from here on their shared memory may be written
+    Terms terms;
+    Codes codes;
+    if (searches) load_terms(a, terms, thread);
     grid_wait();
     grid_launch_dependents();
 
@@ -191,7 +202,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) front(const
     const int always_parts = min((entries + 15) / 16, BAND_PARTS);
 
     if (searches) {
-        search(a, s, shared, term, owned, warp, lane);
+        codes = search(a, s, shared, terms, owned, warp, lane);
     } else {
 #pragma unroll 1
         for (int i = thread - SIDE; i < GROUP * HEAD_DIM / 8; i += SIDE) {
@@ -199,7 +210,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) front(const
             *(uint4*)&shared.q[head][d] = *(const uint4*)(q + head * a.stride_qh + d);
         }
         some_sync(2, SIDE);
-        if (CLUSTER > 1) cluster_arrive();
         if (s.searching && lowest < stop) {
             const int pages = (stop - 1) / PAGE_SIZE - lowest / PAGE_SIZE + 1;
             const page_t* from = a.pages + s.first_page + lowest / PAGE_SIZE;
@@ -207,14 +217,38 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) front(const
             for (int i = thread - SIDE; i < pages; i += SIDE) copy_async(shared.pages + i, from + i);
         }
         attend_always(a, s, shared, stop, entries, scale, warp - SIDE_WARPS, lane);
+        if (FEW_GROUPS && s.searching) fetch_rest(a, s, lowest, stop, thread - SIDE);
         copies_wait();
-        if (CLUSTER > 1) cluster_wait(), cluster_arrive();
     }
     s.searching = s.searching && owned;
     s.ring = owned ? s.ring : -1;
-    everyone();
+    arrive();
+    wait();
 
-    const Verdict v = decide(a, s, shared, limits, always_parts, paused, s.rank == 0 && warp == 0, lane);
+    if (s.searching) {
+        nominate(shared, s.position, thread);
+        __syncthreads();
+    }
+    Pair pairs[BATCH];
+    if (s.searching)
+#pragma unroll
+        for (int i = 0; i < BATCH; ++i) load_pair(a, s, shared, pairs[i], pair_of(s, i, warp, lane), lane);
+    const float2 always_weight = weigh_always(shared, always_parts, lane);
+    if (s.searching)
+#pragma unroll 1
+        for (int trip = 0;;) {
+#pragma unroll
+            for (int i = 0; i < BATCH; ++i) push_pair(a, shared, pairs[i], pair_of(s, trip + i, warp, lane), lane);
+            trip += BATCH;
+            if (trip >= TRIPS) break;
+#pragma unroll
+            for (int i = 0; i < BATCH; ++i) load_pair(a, s, shared, pairs[i], pair_of(s, trip + i, warp, lane), lane);
+        }
+    arrive();
+    if (owned && s.position >= 0) store_query(a, s, shared, codes, thread);
+    wait();
+
+    const Verdict v = decide(a, s, shared, limits, always_weight, paused, s.rank == 0 && warp == 0, lane);
     Stored stored[UNITS];
     float4 always[UNITS];
     float lse[UNITS], always_max[UNITS], always_sum[UNITS];
@@ -223,8 +257,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) front(const
         const Unit u = unit_of(i, s.rank, thread);
         const int pos = __shfl_sync(ALL_LANES, v.pos, u.head % 16);
         lse[i] = __shfl_sync(ALL_LANES, v.lse, u.head % 16);
-        always_max[i] = __shfl_sync(ALL_LANES, v.always_max, u.head % 16);
-        always_sum[i] = __shfl_sync(ALL_LANES, v.always_sum, u.head % 16);
+        always_max[i] = __shfl_sync(ALL_LANES, always_weight.x, u.head % 16);
+        always_sum[i] = __shfl_sync(ALL_LANES, always_weight.y, u.head % 16);
         if (!u.present) continue;
         if (v.reuse) stored[i] = load_stored(a, s, u, pos);
         always[i] = always_of(shared, u, always_parts, always_max[i]);
@@ -232,8 +266,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) front(const
     }
     if (!v.reuse) return;
     attend_rest(a, s, shared, v, scale, lowest / PAGE_SIZE, warp, lane);
-    if (CLUSTER > 1) cluster_arrive();
-    everyone();
+    arrive();
+    wait();
 
     const int parts = min((v.stop - v.low + 15) / 16, REST_PARTS);
     Merged row[UNITS];

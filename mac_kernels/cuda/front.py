@@ -108,15 +108,17 @@ def make_kernel(definitions: tuple[tuple[str, int], ...], groups: int, device: t
         raise compiler.CudaError(reason)
     major, minor = torch.cuda.get_device_capability(device)
     constants = dict(definitions)
-    return compiler.DriverKernel(
-        compiler.compiled("front.cu", definitions, f"sm_{major}{minor}"),
-        "front",
-        blocks=groups * constants["CLUSTER"],
-        threads=constants["THREADS"],
-        cluster=constants["CLUSTER"],
-        overlaps=True,
-        device=device,
-    )
+    code = compiler.compiled("front.cu", definitions, f"sm_{major}{minor}")
+    with torch.cuda.device(device):  # whose context the driver takes
+        return compiler.DriverKernel(
+            code,
+            "front",
+            blocks=groups * constants["CLUSTER"],
+            threads=constants["THREADS"],
+            cluster=constants["CLUSTER"],
+            overlaps=True,
+            device=device,
+        )
 
 
 class Front:

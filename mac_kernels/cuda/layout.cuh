@@ -65,25 +65,25 @@ struct Args {  // in the order of mac_kernels.cuda.front
     int num_slots, max_age, min_context;
 };
 
+DEVICE u32 word(const uint4& x, int i) { return i == 0 ? x.x : i == 1 ? x.y : i == 2 ? x.z : x.w; }
+
 constexpr int WARPS = THREADS / 32;
 constexpr int SIDE = THREADS / 2;  // one half of a block searches the ring, the other attends to band and sinks
 constexpr int SIDE_WARPS = WARPS / 2;
 constexpr int QO_HEADS = NUM_KV_HEADS * GROUP;
 constexpr int OWN_HEADS = (GROUP + CLUSTER - 1) / CLUSTER;  // head h is completed by block h % CLUSTER
 
+constexpr bool FEW_GROUPS = CLUSTER >= 4;  // latency counts, bandwidth does not: fetch what may be needed next
+
 constexpr int SEGMENT = 64;  // rows that are ranked among each other first
 constexpr int ROWS = (WINDOW + CLUSTER - 1) / CLUSTER;
 constexpr int SEGMENTS = (ROWS + SEGMENT - 1) / SEGMENT;
 constexpr int PER_SEGMENT = NOMINEES < SEGMENT ? NOMINEES : SEGMENT;
 constexpr int CANDIDATES = CLUSTER * SEGMENTS * PER_SEGMENT;
-constexpr int CANDIDATE_SLOTS = (CANDIDATES + 3) / 4 * 4;
+constexpr int CANDIDATE_SLOTS = CANDIDATES <= 128 ? (CANDIDATES + 7) / 8 * 8 : (CANDIDATES + 127) / 128 * 128;
 constexpr int BAND_PARTS = CLUSTER * SIDE_WARPS;
 constexpr int REST_PARTS = CLUSTER * WARPS;
 constexpr int PAGES = (WINDOW - 1) / PAGE_SIZE + 2;  // that the rest of a reused group may touch
-
-struct Near {
-    float distance, lse;
-};
 
 struct __align__(16) Shared {
     float band_out[BAND_PARTS][OWN_HEADS][HEAD_DIM];

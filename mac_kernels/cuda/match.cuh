@@ -4,6 +4,7 @@
 
 constexpr int INFINITE = 0x7f800000;  // keys from here on: rows that nothing may match
 constexpr int STEPS = 4;              // loads of 4 rows that a warp has in flight
+constexpr int LIKELY = 4;             // rows of a block that may well be nominated
 constexpr int BLOCK_ROWS = 4 * STEPS;
 constexpr int IMAGES = (SKETCH_DIM + SIDE - 1) / SIDE;  // sketch elements of a thread
 constexpr int D_CHUNKS = (HEAD_DIM + 127) / 128;        // of 16 lanes x 8 dims
@@ -14,8 +15,11 @@ struct Step {  // what all threads know of a group
     i64 first_page, ring_row;
 };
 
-constexpr int PAIRS = NOMINEES * GROUP, PAIRS_AT_ONCE = 2 * CLUSTER * SIDE_WARPS;
-constexpr int IN_FLIGHT = PAIRS > 2 * PAIRS_AT_ONCE && D_CHUNKS == 1 ? 4 : 2;
+constexpr int PAIRS = NOMINEES * GROUP;  // of a nominated row and a head; half a warp takes one
+constexpr int PAIRS_AT_ONCE = 2 * CLUSTER * WARPS;
+constexpr int TRIPS = (PAIRS + PAIRS_AT_ONCE - 1) / PAIRS_AT_ONCE;
+constexpr int MOST_PAIRS = D_CHUNKS == 1 ? 6 : 3;  // that a thread has in flight
+constexpr int BATCH = TRIPS < MOST_PAIRS ? TRIPS : MOST_PAIRS;
 
 struct Rows {  // BLOCK_ROWS rows: 8 lanes share one, 16 codes each
     uint4 codes[STEPS];
@@ -76,10 +80,10 @@ DEVICE void store_keys(const Step& s, const Rows& rows, const float (&query)[16]
     if (lane % 2 == 0) keys[local] = key_of(sum, pos, s.position, s.rank * SEGMENTS * SEGMENT + local);
 }
 
-DEVICE int rank_among(const int* keys, int count, int key) {
+template <int COUNT> DEVICE int rank_among(const int* keys, int key) {
     int rank = 0;
-#pragma unroll 4
-    for (int i = 0; i < count; i += 4) {
+#pragma unroll
+    for (int i = 0; i < COUNT; i += 4) {
         const int4 other = *(const int4*)(keys + i);
         rank += (other.x < key) + (other.y < key) + (other.z < key) + (other.w < key);
     }
@@ -87,75 +91,95 @@ DEVICE int rank_among(const int* keys, int count, int key) {
 }
 
 // Ranks every segment's keys and tells all blocks of the cluster the smallest ones.
-DEVICE void push_candidates(Shared& shared, int rank_of_block, int thread) {
+DEVICE void push_candidates(const Args& a, const Step& s, Shared& shared, int thread) {
 #pragma unroll 1
     for (int i = thread; i < SEGMENTS * SEGMENT; i += SIDE) {
-        const int key = shared.keys[i], rank = rank_among(shared.keys + i / SEGMENT * SEGMENT, SEGMENT, key);
-        int* to = shared.candidates + (rank_of_block * SEGMENTS + i / SEGMENT) * PER_SEGMENT + rank;
+        const int key = shared.keys[i], rank = rank_among<SEGMENT>(shared.keys + i / SEGMENT * SEGMENT, key);
+        int* to = shared.candidates + (s.rank * SEGMENTS + i / SEGMENT) * PER_SEGMENT + rank;
         if (rank < PER_SEGMENT)
             for (int block = 0; block < CLUSTER; ++block) *in_block(to, block) = key;
-    }
-}
-
-// Positions of the nearest rows, -1 where there are fewer (set beforehand).
-DEVICE void nominate(Shared& shared, int position, int thread) {
-#pragma unroll 1
-    for (int i = thread; i < CANDIDATES; i += SIDE) {
-        const int key = shared.candidates[i];
-        if (key >= INFINITE) continue;
-        const int rank = rank_among(shared.candidates, CANDIDATE_SLOTS, key);
-        if (rank < NOMINEES) shared.nominees[rank] = position - (key & (BLOCK_W - 1));
-    }
-}
-
-// Exact distance of every nominated row and head, and the weight that the head's state would have; half a warp a pair.
-DEVICE void push_distances(const Args& a, const Step& s, Shared& shared, int warp, int lane) {
-    const int sub = lane % 16;
-#pragma unroll IN_FLIGHT
-    for (int first = 2 * (s.rank * SIDE_WARPS + warp); first < PAIRS; first += PAIRS_AT_ONCE) {
-        const int pair = first + lane / 16, slot = pair / GROUP, head = pair % GROUP;
-        const int pos = pair < PAIRS ? shared.nominees[slot] : -1;
-        const i64 row = s.ring_row + (pos < 0 ? 0 : pos % WINDOW);
-        const i64 at = row * QO_HEADS + s.kv_head * GROUP + head;
-        float square = 0.f, step = 0.f;
-        const float lse = pos < 0 ? 0.f : a.ring_lse[at];
-        const int anchor = pos < 0 ? -1 : a.ring_anchor[row * NUM_KV_HEADS + s.kv_head];
-        uint4 stored[D_CHUNKS], mean[CORRECTION ? D_CHUNKS : 1];
-#pragma unroll
-        for (int i = 0; i < D_CHUNKS; ++i) {
-            const int d = 128 * i + 8 * sub;
-            const bool present = pos >= 0 && d < HEAD_DIM;
-            stored[i] = present ? *(const uint4*)(a.ring_q + at * HEAD_DIM + d) : make_uint4(0, 0, 0, 0);
-            if (CORRECTION) mean[i] = present ? *(const uint4*)(a.ring_key + at * HEAD_DIM + d) : make_uint4(0, 0, 0, 0);
-        }
-#pragma unroll
-        for (int i = 0; i < D_CHUNKS; ++i) {
-            const int d = 128 * i + 8 * sub;
-            if (pos < 0 || d >= HEAD_DIM) continue;
-            const float* q = shared.q_pre[head] + d;
-#pragma unroll
-            for (int j = 0; j < 4; ++j) {
-                const u32 two = j == 0 ? stored[i].x : j == 1 ? stored[i].y : j == 2 ? stored[i].z : stored[i].w;
-                const float2 x = unpack<HALF_ROWS>(two);
-                const float one = q[2 * j] - x.x, other = q[2 * j + 1] - x.y;
-                square += one * one + other * other;
-                if (CORRECTION) {
-                    const uint4& m = mean[i];
-                    const float2 y = unpack<HALF_ROWS>(j == 0 ? m.x : j == 1 ? m.y : j == 2 ? m.z : m.w);
-                    step += one * y.x + other * y.y;
-                }
+        if (FEW_GROUPS && rank < LIKELY && key < INFINITE) {
+            const i64 row = s.ring_row + (s.position - (key & (BLOCK_W - 1))) % WINDOW;
+            const i64 at = (row * QO_HEADS + s.kv_head * GROUP) * HEAD_DIM;
+            for (int line = 0; line < GROUP * HEAD_DIM; line += 64) {
+                prefetch(a.ring_q + at + line);
+                if (CORRECTION) prefetch(a.ring_key + at + line);
             }
         }
-#pragma unroll
-        for (int lanes = 1; lanes < 16; lanes *= 2) {
-            square += __shfl_xor_sync(ALL_LANES, square, lanes);
-            if (CORRECTION) step += __shfl_xor_sync(ALL_LANES, step, lanes);
-        }
-        if (pair >= PAIRS || sub >= CLUSTER) continue;
-        const float moved = CORRECTION ? fminf(fmaxf(step * a.logit_scale, -1024.f), 1024.f) : 0.f;
-        *in_block(&shared.near[slot][head], sub) = make_float2(pos < 0 ? INFINITY : sqrtf(square), lse + moved);
-        if (head == 0) *in_block(&shared.anchors[slot], sub) = anchor;
     }
+}
+
+// Positions of the nearest rows, -1 where there are fewer (set beforehand). Two threads share a candidate.
+DEVICE void nominate(Shared& shared, int position, int thread) {
+    constexpr int HALF = CANDIDATE_SLOTS / 2, PIECE = HALF < 64 ? HALF : 64;
+#pragma unroll 1
+    for (int first = 0; first < CANDIDATES; first += THREADS / 2) {
+        const int i = first + thread / 2, key = shared.candidates[min(i, CANDIDATES - 1)];
+        int rank = 0;
+#pragma unroll 1
+        for (int from = 0; from < HALF; from += PIECE)
+            rank += rank_among<PIECE>(shared.candidates + thread % 2 * HALF + from, key);
+        rank += __shfl_xor_sync(ALL_LANES, rank, 1);
+        if (i < CANDIDATES && key < INFINITE && rank < NOMINEES && thread % 2 == 0)
+            shared.nominees[rank] = position - (key & (BLOCK_W - 1));
+    }
+}
+
+struct Pair {  // a nominated row and a head; 16 lanes share it, 8 dims each
+    uint4 query[D_CHUNKS], mean[CORRECTION ? D_CHUNKS : 1];
+    float lse;
+    int anchor;
+};
+
+DEVICE int pair_of(const Step& s, int trip, int warp, int lane) {
+    return trip * PAIRS_AT_ONCE + 2 * (s.rank * WARPS + warp) + lane / 16;
+}
+
+DEVICE void load_pair(const Args& a, const Step& s, const Shared& shared, Pair& pair, int index, int lane) {
+    const int head = index % GROUP, pos = index < PAIRS ? shared.nominees[index / GROUP] : -1;
+    const i64 row = s.ring_row + max(pos, 0) % WINDOW, at = row * QO_HEADS + s.kv_head * GROUP + head;
+    const i64 element = at * HEAD_DIM + 8 * (lane % 16);
+#pragma unroll
+    for (int i = 0; i < D_CHUNKS; ++i) {
+        const bool present = pos >= 0 && 128 * i + 8 * (lane % 16) < HEAD_DIM;
+        pair.query[i] = present ? *(const uint4*)(a.ring_q + element + 128 * i) : make_uint4(0, 0, 0, 0);
+        if (CORRECTION)
+            pair.mean[i] = present ? *(const uint4*)(a.ring_key + element + 128 * i) : make_uint4(0, 0, 0, 0);
+    }
+    pair.lse = pos < 0 ? 0.f : a.ring_lse[at];
+    pair.anchor = pos < 0 ? -1 : a.ring_anchor[row * NUM_KV_HEADS + s.kv_head];
+}
+
+// Tells all blocks the exact distance of a pair, and the weight that the head's state would have.
+DEVICE void push_pair(const Args& a, Shared& shared, const Pair& pair, int index, int lane) {
+    const int slot = min(index, PAIRS - 1) / GROUP, head = index % GROUP, to = lane % 16;
+    float square = 0.f, step = 0.f;
+#pragma unroll
+    for (int i = 0; i < D_CHUNKS; ++i) {
+        const int d = 128 * i + 8 * (lane % 16);
+        if (d >= HEAD_DIM) continue;
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+            const float2 x = unpack<HALF_ROWS>(word(pair.query[i], j));
+            const float2 q = *(const float2*)&shared.q_pre[head][d + 2 * j];
+            const float one = q.x - x.x, other = q.y - x.y;
+            square += one * one + other * other;
+            if (CORRECTION) {
+                const float2 y = unpack<HALF_ROWS>(word(pair.mean[i], j));
+                step += one * y.x + other * y.y;
+            }
+        }
+    }
+#pragma unroll
+    for (int lanes = 1; lanes < 16; lanes *= 2) {
+        square += __shfl_xor_sync(ALL_LANES, square, lanes);
+        if (CORRECTION) step += __shfl_xor_sync(ALL_LANES, step, lanes);
+    }
+    if (index >= PAIRS || to >= CLUSTER) return;
+    const bool found = shared.nominees[slot] >= 0;
+    const float moved = CORRECTION ? fminf(fmaxf(step * a.logit_scale, -1024.f), 1024.f) : 0.f;
+    *in_block(&shared.near[slot][head], to) = make_float2(found ? sqrtf(square) : INFINITY, pair.lse + moved);
+    if (head == 0) *in_block(&shared.anchors[slot], to) = pair.anchor;
 }
 
 // The group's queries before RoPE, into shared memory; every thread of a side has its dims.
@@ -188,22 +212,35 @@ DEVICE void unrotate(const Args& a, const Step& s, Shared& shared, int thread) {
     }
 }
 
+struct Terms {  // of this thread's sketch elements: which entries of the queries they add up
+    int index[IMAGES][TERMS];
+    float sign[IMAGES][TERMS];
+};
+
+DEVICE void load_terms(const Args& a, Terms& terms, int thread) {
+#pragma unroll
+    for (int i = 0; i < IMAGES; ++i)
+#pragma unroll
+        for (int t = 0; t < TERMS; ++t) {
+            const int at = t * SKETCH_DIM + thread + i * SIDE;
+            const bool present = thread + i * SIDE < SKETCH_DIM;
+            terms.index[i][t] = present ? a.sketch_index[at] : 0;
+            terms.sign[i][t] = present ? a.sketch_sign[at] : 0.f;
+        }
+}
+
 struct Codes {
     float of[IMAGES], scale;
 };
 
 // The sketch of the query, dequantized into shared memory, and the codes of this thread's elements.
-DEVICE Codes sketch(Shared& shared, const u32 (&term)[IMAGES][TERMS], int thread, int warp, int lane) {
+DEVICE Codes sketch(Shared& shared, const Terms& terms, int thread, int warp, int lane) {
     float image[IMAGES], top = 0.f;
 #pragma unroll
     for (int i = 0; i < IMAGES; ++i) {
         image[i] = 0.f;
 #pragma unroll
-        for (int t = 0; t < TERMS; ++t) {
-            const u32 x = __float_as_uint((&shared.q_pre[0][0])[term[i][t] & 0x7fffffffu]);
-            image[i] += __uint_as_float(x ^ (term[i][t] & 0x80000000u));
-        }
-        if (thread + i * SIDE >= SKETCH_DIM) image[i] = 0.f;
+        for (int t = 0; t < TERMS; ++t) image[i] += terms.sign[i][t] * (&shared.q_pre[0][0])[terms.index[i][t]];
         top = fmaxf(top, fabsf(image[i]));
     }
     const int of_warp = __reduce_max_sync(ALL_LANES, __float_as_int(top));
@@ -224,15 +261,4 @@ DEVICE Codes sketch(Shared& shared, const u32 (&term)[IMAGES][TERMS], int thread
         if (k + thread < 128) shared.query[k + thread] = 0.f;
     some_sync(1, SIDE);
     return codes;
-}
-
-DEVICE void load_terms(const Args& a, u32 (&term)[IMAGES][TERMS], int thread) {
-#pragma unroll
-    for (int i = 0; i < IMAGES; ++i)
-#pragma unroll
-        for (int t = 0; t < TERMS; ++t) {
-            const int at = t * SKETCH_DIM + thread + i * SIDE;
-            const bool present = thread + i * SIDE < SKETCH_DIM;
-            term[i][t] = present ? (u32)a.sketch_index[at] | (a.sketch_sign[at] < 0.f ? 0x80000000u : 0u) : 0u;
-        }
 }

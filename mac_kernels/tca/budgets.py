@@ -17,8 +17,8 @@ from ..places import Place, config_places
 from ..tuned import ModelKey, kind_of
 from ..tuned.schema import plain
 from .calibrate import MEASURES, Measure, choose
-from .candidates import NUM_SPARSE, mean_keep
-from .config import TcaConfig
+from .candidates import NUM_SPARSE, far_count, mean_keep
+from .config import TcaConfig, far_blocks, far_end
 
 SCHEMA_VERSION = 1
 RetainedMass = tuple[tuple[tuple[float, ...], ...], ...]
@@ -107,9 +107,17 @@ class TcaBudgets:
         chosen = [candidate for layer in self.choices(config) for candidate in layer]
         return sum(mean_keep(candidate, config.block) for candidate in chosen) / (len(chosen) * config.block)
 
+    def share_read(self, config: TcaConfig, context: int) -> float:
+        """Share of a context, in tokens, that a decode step reads at ``config.mass_target``: mean over all heads."""
+        blocks = far_blocks(context - 1, config)
+        window = context - far_end(blocks, config)
+        chosen = [candidate for layer in self.choices(config) for candidate in layer]
+        kept = [context if one == NUM_SPARSE else far_count(one, blocks, config) + window for one in chosen]
+        return sum(kept) / (len(kept) * context)
+
     def to_json(self) -> str:
         """Return the JSON form."""
-        config = {name: getattr(self.config, name) for name in _CALIBRATED_FOR}
+        config = {name: getattr(self.config, name) for name in (*_CALIBRATED_FOR, "mass_target")}
         body = {"key": dataclasses.asdict(self.key), "tca": config, "measure": self.measure}
         head = json.dumps(
             {"schema": SCHEMA_VERSION, "kind": "tca", **body, "run": dataclasses.asdict(self.run)}, indent=1

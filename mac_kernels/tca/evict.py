@@ -54,12 +54,15 @@ class EvictedKV:
         self.lengths = [0] * count
         self.far = selection.far.count.flatten().tolist()
         self._held = [far_blocks(length - 1, config) for length in kv_len]
+        ends = selection.far.far_end.flatten().tolist()
+        kept_of = (far + kv_len[row // len(choice)] - ends[row] for row, far in enumerate(self.far))
+        self._grow(sum(-(-kept // _PAGE) for kept in kept_of))  # all at once: later growth is a quarter more
         for request, length in enumerate(kv_len):
             parts = kv.only(request).gather(torch.zeros(1, dtype=torch.int64, device=device), length)
             for head in range(kv.layout.num_kv_heads):
                 row = request * kv.layout.num_kv_heads + head
                 kept = selection.far.ids[request, head, : self.far[row]].long()
-                window = torch.arange(int(selection.far.far_end[request, head]), length, device=device)
+                window = torch.arange(ends[row], length, device=device)
                 token = torch.cat((kept, window))
                 self._resize(row, len(token))
                 self._write(row, 0, *(part[0, token, head].to(dtype) for part in parts))

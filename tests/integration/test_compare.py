@@ -7,6 +7,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel
 
 from mac_kernels import AttnState, HeadLayout, InputError, MacConfig, RingPool, UnsupportedError, find_match
+from mac_transformers.batch import DecodeBatch
 from mac_transformers.compare import Comparison, compare
 from mac_transformers.policies import Mac, Stored, Window, find_newest
 
@@ -153,6 +154,20 @@ def test_time_limit_ends_with_the_steps_that_were_done(model: PreTrainedModel, t
     assert short.kl.shape == (1, 1, 3)
     assert short.kv_read.shape == (1, 2, 1, 3)
     assert short.chosen.shape == (2, 1, 3)
+
+
+def test_a_pass_that_no_graph_can_hold_runs_as_it_is(
+    model: PreTrainedModel,
+    tokens: torch.Tensor,
+    result: Comparison,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(DecodeBatch, "can_be_recorded", True)  # as on a GPU; here nothing can be recorded
+    careful = {"careful": Mac(MacConfig(threshold=0.2, **SMALL))}
+    alone = compare(model, tokens[:, :PROMPT], tokens[:, PROMPT:], careful)
+    torch.testing.assert_close(alone.kl[:, 1], result.kl[:, result.index("careful")], atol=1e-6, rtol=1e-3)
+    assert sum("without a CUDA graph" in record.message for record in caplog.records) == 1
 
 
 def test_the_attention_implementation_is_put_back(model: PreTrainedModel, result: Comparison) -> None:

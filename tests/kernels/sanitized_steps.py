@@ -1,13 +1,17 @@
-"""A few steps of every kernel, small enough for compute-sanitizer: ``sanitized_steps.py DEVICE BACKEND``."""
+"""A few steps of every kernel, small enough for compute-sanitizer: ``sanitized_steps.py DEVICE KERNELS``."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import itertools
 import sys
+from typing import Any
 
 import torch
 
-from mac_kernels import BatchMacDecodeWithPagedKVCacheWrapper
+from mac_kernels import BatchMacDecodeWithPagedKVCacheWrapper, fused
+from mac_kernels.launch import LaunchParams, default_launch
 from mac_kernels.testing.conformance import Case, Session, variant
 
 # odd dims, groups and pages, rows of token slots, 8 bits: whatever has a mask or an address of its own
@@ -27,15 +31,23 @@ FLASHINFER = (
     (Case(head_dim=64, group=16, page_size=16), FP8, {"match_scope": "group"}),
     (Case(head_dim=256, group=3, page_size=1), {"dtype": torch.float16, "rows": True}, {"correction": False}),
 )
-STEPS = {"triton": TRITON, "flashinfer": FLASHINFER}
+FRONT = (*TRITON[:3], (TRITON[3][0], {"dtype": torch.bfloat16}, TRITON[3][2]))  # 8 bits are not the front's
+STEPS = {"triton": TRITON, "front": FRONT, "flashinfer": FLASHINFER}
+CLUSTERS = {"triton": (0,), "front": (1, 2, 4, 8), "flashinfer": (0,)}
 
 
 def wrapper(kv_layout: str, backend: str) -> BatchMacDecodeWithPagedKVCacheWrapper:
     return BatchMacDecodeWithPagedKVCacheWrapper(kv_layout, backend=backend)
 
 
-def main(device: str, backend: str) -> None:
-    for case, options, changes in STEPS[backend]:
+def _launch(*batch: Any, cluster_size: int) -> LaunchParams:
+    return dataclasses.replace(default_launch(*batch), cluster_size=cluster_size)
+
+
+def main(device: str, kernels: str) -> None:
+    backend = "flashinfer" if kernels == "flashinfer" else "triton"
+    for (case, options, changes), blocks in zip(STEPS[kernels], itertools.cycle(CLUSTERS[kernels]), strict=False):
+        fused.default_launch = functools.partial(_launch, cluster_size=blocks)
         session = Session(
             functools.partial(wrapper, backend=backend),
             case,

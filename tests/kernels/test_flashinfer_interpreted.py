@@ -22,7 +22,7 @@ from mac_kernels import (
     planning,
     support,
 )
-from mac_kernels.attend.flashinfer_tiles import MIN_CHUNK, STEP, tiles_kernel
+from mac_kernels.attend.flashinfer_tiles import MIN_CHUNK, STEP, most_tiles, tiles_kernel
 from mac_kernels.composed import check_cache, flat_entries, page_units, token_view
 from mac_kernels.errors import InputError
 from mac_kernels.launch import LaunchParams, default_launch
@@ -82,72 +82,84 @@ def test_a_plan_notes_the_second_call_and_an_untested_version(
 
 def dealt(lengths: torch.Tensor, *, tiles: int, programs: int) -> tuple[int, list[list[int]]]:
     """Cut groups of lengths [B, Hkv] that begin at 11; check the rows; the longest chunk and the chunks of a group."""
-    (batch, heads), dim = lengths.shape, 4
+    (batch, heads), dim, page = lengths.shape, 4, 16
     groups = torch.full((batch * heads, 8), 3, dtype=torch.int32)
     groups[:, 0], groups[:, 1] = 11, 11 + lengths.flatten()
+    first_seen = torch.arange(batch * heads * 9, dtype=torch.int32).view(-1, 3, 3)
     q = torch.randn(batch, heads * 3, dim, generator=torch.Generator().manual_seed(0))
     entries = torch.arange(batch, dtype=torch.int32) * 1000 + 5
 
     def dirty(*shape: int) -> torch.Tensor:
         return torch.full(shape, -7, dtype=torch.int32)
 
-    parts, begin, bounds = dirty(batch * heads, 2), dirty(tiles + 1), dirty(tiles, heads, 4)
-    tile_q = torch.full((tiles, heads * 3, dim), torch.nan)
+    parts, bounds, starts = dirty(batch * heads, 2), dirty(tiles, heads, 4), dirty(tiles, heads, 3)
+    tile_q = torch.full((tiles, heads, 3, dim), torch.nan)
     tiles_kernel[(tiles,)](
-        q, q.stride(0), q.stride(1), groups, parts, entries, tile_q, begin, bounds, batch, tiles, programs,
-        NUM_QO_HEADS=heads * 3, NUM_KV_HEADS=heads, HEAD_DIM=dim, BLOCK_D=16, MIN_CHUNK=MIN_CHUNK, STEP=STEP,
-        BLOCK_B=triton.next_power_of_2(batch), BLOCK_H=triton.next_power_of_2(heads), PDL=False,
+        q, q.stride(0), q.stride(1), groups, first_seen, parts, entries, tile_q, bounds, starts, batch, tiles, programs,
+        NUM_KV_HEADS=heads, GROUP=3, BLOCK_G=4, HEAD_DIM=dim, BLOCK_D=16, PAGE_SIZE=page, MIN_CHUNK=MIN_CHUNK,
+        STEP=STEP, BLOCK_B=triton.next_power_of_2(batch), BLOCK_H=triton.next_power_of_2(heads), HEADS_AT_ONCE=2,
+        PDL=False,
     )  # fmt: skip
     counts = parts[:, 1].view(batch, heads)
     seen = torch.zeros(tiles, heads, dtype=torch.bool)
     longest = 0
     for group, (first, count) in enumerate(parts.tolist()):
         request, head = divmod(group, heads)
-        low = 11
+        table = int(entries[request]) * page
+        low = table + 11
         for tile in range(first // heads, first // heads + count):
-            assert first % heads == head and not seen[tile, head], "two groups share a row"
+            assert first % heads == head and not seen[tile, head], "two groups share a place"
             seen[tile, head] = True
-            start, stop, owner, _ = bounds[tile, head].tolist()
-            assert start == low and stop > start and owner == group
-            assert begin[tile] == entries[request] and torch.equal(tile_q[tile], q[request])
+            start, stop, *kept = bounds[tile, head].tolist()
+            assert start == low and stop > start and kept == [-7, -7]
+            assert torch.equal(starts[tile, head], table + first_seen[group, 0])
+            assert torch.equal(tile_q[tile, head], q[request, head * 3 : head * 3 + 3])
             longest, low = max(longest, stop - start), stop
-        assert low == 11 + max(int(lengths[request, head]), 0)
-    assert bool((bounds[..., 1][~seen] == -1).all()), "a row without an owner would be computed"
-    assert begin[-1] == -7, "the last entry is FlashInfer's bound"
+        assert low == table + 11 + max(int(lengths[request, head]), 0)
+    assert bool((bounds[..., 1][~seen] == -1).all()), "a place without an owner would be computed"
     return longest, counts.tolist()
 
 
 @interpreted
 class TestTiles:
     @pytest.mark.parametrize("seed", range(4))
-    def test_every_token_has_one_row(self, seed: int) -> None:
+    def test_every_token_has_one_place(self, seed: int) -> None:
         draw = torch.Generator().manual_seed(seed)
         batch, heads = (1, 5, 16, 33)[seed], (4, 3, 8, 1)[seed]
         lengths = torch.randint(0, 40_000, (batch, heads), generator=draw)
         lengths[torch.rand(batch, heads, generator=draw) < 0.6] = 100
         lengths[torch.rand(batch, heads, generator=draw) < 0.2] = -5
-        dealt(lengths, tiles=66 + batch, programs=66)
+        dealt(lengths, tiles=most_tiles(batch, heads, 66), programs=66)
 
-    def test_a_lone_miss_gets_the_whole_gpu(self) -> None:
-        lengths = torch.full((64, 4), 100)
-        lengths[17, 2] = 126_000
-        _, chunks = dealt(lengths, tiles=328, programs=264)
-        assert 0.7 * 264 <= chunks[17][2] <= 264
+    @pytest.mark.parametrize(("heads", "least"), [(1, 24), (2, 24), (4, 12), (8, 12)])
+    def test_a_lone_miss_gets_every_sm(self, heads: int, least: int) -> None:
+        lengths = torch.full((6, heads), 100)
+        lengths[3, heads - 1] = 126_000
+        _, chunks = dealt(lengths, tiles=most_tiles(6, heads, 24), programs=24)
+        assert chunks[3][heads - 1] == least
+
+    def test_misses_of_several_heads_share_rows(self) -> None:
+        """Six lone misses get four blocks each, which together are more chunks than there are rows."""
+        lengths = torch.full((7, 3), 100)
+        for miss in range(6):
+            lengths[miss, miss % 3] = 126_000
+        _, chunks = dealt(lengths, tiles=19, programs=24)
+        assert all(chunks[miss][miss % 3] == 4 for miss in range(6))
 
     def test_equal_groups_share_one_wave(self) -> None:
-        _, chunks = dealt(torch.full((16, 4), 32_512), tiles=280, programs=264)
+        _, chunks = dealt(torch.full((3, 4), 32_512), tiles=most_tiles(3, 4, 48), programs=48)
         assert set(itertools.chain(*chunks)) == {4}
 
     def test_ragged_waves_are_made_finer(self) -> None:
-        _, chunks = dealt(torch.full((35, 4), 32_512), tiles=299, programs=264)
-        assert set(itertools.chain(*chunks)) == {7}
+        _, chunks = dealt(torch.full((7, 4), 32_512), tiles=most_tiles(7, 4, 48), programs=48)
+        assert set(itertools.chain(*chunks)) == {3}
 
     def test_chunks_find_room(self) -> None:
         lengths = torch.full((3, 2), 50_000)
         _, chunks = dealt(lengths, tiles=8, programs=24)
         assert chunks == [[2, 2]] * 3
 
-    def test_nothing_to_read_takes_no_row(self) -> None:
+    def test_nothing_to_read_takes_no_place(self) -> None:
         _, chunks = dealt(torch.zeros(3, 2, dtype=torch.int64), tiles=27, programs=24)
         assert chunks == [[0, 0]] * 3
 
@@ -198,3 +210,5 @@ class TestTokenView:
             check_cache(PagedKV(padded, padded, kv.table, kv.layout))
         with pytest.raises(InputError, match="int32"):
             flat_entries(dataclasses.replace(kv.table, indices=kv.table.indices.long()))
+        with pytest.raises(InputError, match="below 2\\^31"):
+            flat_entries(dataclasses.replace(kv.table, page_size=2**30))

@@ -22,14 +22,14 @@ REPORT = re.compile(
 @pytest.mark.slow
 @pytest.mark.skipif(not Path(SANITIZER).exists(), reason="needs compute-sanitizer of the CUDA toolkit")
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
-@pytest.mark.parametrize("backend", ["triton", "flashinfer"])
-def test_kernels_are_clean(tool: str, backend: str) -> None:
-    if backend == "flashinfer":
+@pytest.mark.parametrize("kernels", ["triton", "front", "flashinfer"])
+def test_kernels_are_clean(tool: str, kernels: str) -> None:
+    if kernels == "flashinfer":
         pytest.importorskip("flashinfer", reason="needs FlashInfer (extra flashinfer)")
     # without PyTorch's cache every tensor is its own allocation, so that what lies beyond it belongs to nobody
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     done = subprocess.run(
-        [SANITIZER, "--tool", tool, sys.executable, str(SCRIPT), "cuda", backend],
+        [SANITIZER, "--tool", tool, sys.executable, str(SCRIPT), "cuda", kernels],
         env=environment,
         capture_output=True,
         text=True,

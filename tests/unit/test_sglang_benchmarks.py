@@ -207,15 +207,43 @@ def test_replies_without_a_common_time_cost_the_speed_alone(
     apart = [together[0], reply(*(9 + 0.01 * at for at in range(60)), tokens=[1, 2, 4])]
     full = sglang_smollm2.Measured({"distinct": together, "shared": together})
     counts = {part: Counter(AGE=1) for part in ("distinct", "shared", "early", "later")}
-    mac = sglang_smollm2.Measured({"distinct": apart, "shared": together}, counts)
+    mac = sglang_smollm2.Measured({"distinct": apart, "shared": together}, counts, {"distinct": [0.7], "shared": []})
     shape = {"num_attention_heads": 8, "num_key_value_heads": 2, "hidden_size": 512}
-    args = SimpleNamespace(batch=2, prompt_tokens=10, tokens=60, tp=1, command_line="")
+    args = SimpleNamespace(batch=2, prompt_tokens=10, tokens=60, tp=1, tie=0.5, command_line="")
     launch = Launch("exact", "mac", Path("model"))
     rows = sglang_smollm2._rows(launch, mac, full, args, shape)
     found = {(row["case"], row["metric"]): row["p50"] for row in rows}
     assert ("smollm2-distinct", "throughput") not in found and float(found["smollm2-shared", "throughput"]) > 0
     assert found["smollm2-distinct", "equal_replies"] == "0.5" and found["smollm2-distinct", "hit_rate"] == "0"
+    assert found["smollm2-distinct", "answers_wrong"] == "1" and found["smollm2-shared", "answers_wrong"] == "0"
+    assert found["smollm2-distinct", "gap_of_first_difference_most"] == "0.7"
     assert "exact: no throughput of the part distinct" in capsys.readouterr().out
+
+
+class Judges(Speaks):
+    """A baseline that has tokens 7 and 8 nearly tied, 9 behind and nothing else among its best."""
+
+    async def generate(self, prompt: list[int], *, max_new_tokens: int, **fields: Any) -> Reply:
+        self.asked.append(prompt)
+        best = [(-0.5, 7, None), (-0.75, 8, None), (-2.5, 9, None)]
+        return Reply(0.0, [7], [0.1], "", {"output_top_logprobs": [best] * max_new_tokens})
+
+
+@pytest.mark.parametrize(("token", "gap"), [(8, 0.25), (9, 2.0), (5, float("inf"))])
+def test_the_baseline_judges_the_first_differing_token(token: int, gap: float) -> None:
+    prompts = sglang_smollm2.Prompts([[1, 2], [3, 4]], [[1, 2], [1, 3]], [])
+    answers = [reply(0, 1, 2, tokens=[6, 7, 1]), reply(0, 1, 2, tokens=[6, 7, 1])]
+    others = [answers[0], reply(0, 1, 2, tokens=[6, token, 3])]
+    full = sglang_smollm2.Measured({"distinct": answers, "shared": answers, "other order": others})
+    exact, server = sglang_smollm2.Measured({"distinct": others, "shared": answers}), Judges()
+    asyncio.run(sglang_smollm2._ask_gaps(server, prompts, full, full))
+    assert full.gaps == {"noise": [gap]} and server.asked == [[3, 4, 6]]
+    asyncio.run(sglang_smollm2._ask_gaps(server, prompts, exact, full))
+    assert exact.gaps == {"distinct": [gap], "shared": []}
+
+
+def test_an_answer_that_ends_early_is_no_tie() -> None:
+    assert asyncio.run(sglang_smollm2._gap(Judges(), [1], [6, 7], [6, 7, 8])) == float("inf")
 
 
 def test_heads_of_zeros_change_no_output() -> None:
@@ -266,12 +294,15 @@ class Answers:
         ([5, 6], 2, "equal"),
         ([5, 6, 9, 9], 4, "equal up to a tie"),
         ([5, 1, 7, 8], 4, "WRONG"),
+        ([5, 6, 1, 8], 4, "WRONG"),  # two others are tied there
+        ([5, 6, 2, 8], 4, "WRONG"),  # not even among the best
         ([5, 6], 4, "WRONG"),  # half an answer
         ([1, 1, 1, 1], 4, "WRONG"),
     ],
 )
 def test_the_soak_tells_a_tie_from_a_wrong_token(tokens: list[int], asked: int, outcome: str) -> None:
-    reference = soak.Reference([1, 2, 3], [5, 6, 7, 8], [3.0, 2.0, 0.1, 4.0])
+    behind = [{5: 0.0, 1: 3.0}, {6: 0.0, 1: 2.0}, {7: 0.0, 9: 0.1, 1: 3.0}, {8: 0.0, 1: 4.0}]
+    reference = soak.Reference([1, 2, 3], [5, 6, 7, 8], behind)
     tally, server = soak.Tally(), Answers(tokens)
     soak._judge(asyncio.run(soak._exact(server, [1, 2, 3])), reference, asked, tally, 0.5)
     assert tally.outcomes == Counter({outcome: 1})
@@ -291,7 +322,7 @@ class Right:
 @pytest.mark.parametrize("preset", ["fast", "exact"])
 def test_the_load_of_a_soak(preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(soak, "_memory", lambda: (100.0, 10.0, True))
-    references = [soak.Reference([1, 2, 3], list(range(200)), [3.0] * 200)]
+    references = [soak.Reference([1, 2, 3], list(range(200)), [{}] * 200)]
     tally, args = soak.Tally(), SimpleNamespace(minutes=0.02, clients=4, preset=preset, tie=0.5)
     asyncio.run(soak._load(Right(), references, tally, args))
     assert tally.outcomes["equal"] > 10 and tally.outcomes["unmarked"] > 10 and tally.memory
@@ -311,7 +342,7 @@ def test_a_soak_reports_the_ties_of_the_baseline_beside_its_own(
         yield [Answers([5, 6, 9] if launches[0].attention_backend == "mac" else [5, 6, 7])]
 
     async def first(server: Answers, prompts: list[list[int]]) -> list[soak.Reference]:
-        return [soak.Reference(prompt, [5, 6, 7], [3.0, 2.0, 0.1]) for prompt in prompts]
+        return [soak.Reference(prompt, [5, 6, 7], [{5: 0.0}, {6: 0.0}, {7: 0.0, 9: 0.1}]) for prompt in prompts]
 
     async def none(server: Answers) -> Counter[str]:
         return Counter()

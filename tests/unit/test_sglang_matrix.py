@@ -15,7 +15,7 @@ from benchmarks.sglang_matrix import COMBINATIONS, _arguments, _examine, _rows
 from mac_sglang.client import Reply
 
 RIGHT, CLOSE, FAR = [5, 6, 7, 8], [5, 6, 9, 9], [5, 1, 1, 1]
-REFERENCES = [Reference([1, 2, 3], RIGHT, [3.0, 2.0, 0.1, 4.0])] * 2
+REFERENCES = [Reference([1, 2, 3], RIGHT, [{5: 0.0}, {6: 0.0}, {7: 0.0, 9: 0.1}, {8: 0.0}])] * 2
 
 
 class Server:
