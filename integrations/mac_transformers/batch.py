@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 
 import torch
@@ -159,9 +160,11 @@ class DecodeBatch:
     def attend_dense(self, q: torch.Tensor, layer: int, sm_scale: float) -> torch.Tensor:
         """Full attention and windows of the first rows: ``q`` [rows, Hq, D]."""
         k, v = (cache[: len(q)] for cache in self.kv[layer])
-        # the heads of a group as queries of one head: their keys are read once
-        heads, keep = q.view(len(q), self.layout.num_kv_heads, -1, q.shape[-1]), self.keep[:, None, None]
-        return functional.scaled_dot_product_attention(heads, k, v, attn_mask=keep, scale=sm_scale).reshape(q.shape)
+        # the heads of a group as queries of one head: their keys are read once. Plain products, since a fused kernel
+        # gives every head one block, which reads its keys alone
+        heads = q.view(len(q), self.layout.num_kv_heads, -1, q.shape[-1])
+        logits = (heads * sm_scale @ k.transpose(-1, -2)).masked_fill(~self.keep[:, None, None], -math.inf)
+        return (logits.softmax(-1) @ v).reshape(q.shape)
 
     def _record(self, record: torch.Tensor, values: torch.Tensor) -> None:
         """Write the values of this step, whose number the device knows, into a record of all steps."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 
@@ -89,7 +90,24 @@ class TestTable:
         with pytest.raises(OSError, match="disk full"):
             table.upsert(path, [row(value=9.0)])
         assert path.read_bytes() == before
-        assert [p.name for p in tmp_path.iterdir()] == ["model.csv"]
+        assert table.read(path) == [row(value=0.00123457)]
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["model.commands.json", "model.csv"]
+
+    def test_a_command_is_kept_once_and_comes_back(self, tmp_path: Path) -> None:
+        path, other = tmp_path / "model.csv", "mac-kernels eval kl --configs c"
+        table.upsert(path, [row(), row(text="code"), row(text="greedy", command=other)])
+        assert "mac-kernels" not in path.read_text()
+        assert sorted(json.loads(table.commands_path(path).read_text()).values()) == sorted([row().command, other])
+        assert [r.command for r in table.read(path)] == [row().command, row().command, other]
+        table.upsert(path, [row(text="greedy")])
+        table.upsert(path, [])
+        assert list(json.loads(table.commands_path(path).read_text()).values()) == [row().command]
+
+    def test_a_row_that_names_no_known_command_keeps_what_it_says(self, tmp_path: Path) -> None:
+        path = tmp_path / "model.csv"
+        table.upsert(path, [row()])
+        table.commands_path(path).unlink()
+        assert table.read(path)[0].command.startswith("kl-")
 
     def test_another_table_is_refused(self, tmp_path: Path) -> None:
         path = tmp_path / "other.csv"

@@ -1,9 +1,15 @@
-"""The tidy table of quality results: one metric a row, replaced by key, written in one go."""
+"""The tidy table of quality results: one metric a row, replaced by key, written in one go.
+
+A command line measures hundreds of rows and is longer than any of them, so the file names it (``kl-1f3a9c2e``) and
+``<table>.commands.json`` beside it tells what the name stands for; rows in memory have the command itself.
+"""
 
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
+import json
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -71,20 +77,44 @@ def read(path: Path) -> list[Row]:
             raise InputError(
                 f"{path} has columns {reader.fieldnames}, expected {list(COLUMNS)}; choose another --output"
             )
-        return [Row(**{name: _KINDS.get(name, str)(value) for name, value in line.items()}) for line in reader]
+        commands = _read_commands(path)
+        lines = ({**line, "command": commands.get(line["command"], line["command"])} for line in reader)
+        return [Row(**{name: _KINDS.get(name, str)(value) for name, value in line.items()}) for line in lines]
 
 
 def upsert(path: Path, rows: Iterable[Row]) -> None:
     """Replace the rows of equal key, add the others, sort, and swap the file in whole."""
-    table = {row.key: row for row in read(path)}
-    table |= {row.key: row for row in rows}
+    before = {row.key: row for row in read(path)}
+    table = before | {row.key: row for row in rows}
     path.parent.mkdir(parents=True, exist_ok=True)
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     writer.writeheader()
     for _, row in sorted(table.items()):
-        writer.writerow({name: _plain(value) for name, value in asdict(row).items()})
+        writer.writerow({name: _plain(value) for name, value in asdict(row).items()} | {"command": _name(row)})
+    # first, and with those of the old table: whatever fails, no row is left without its command
+    _write_commands(path, (*before.values(), *table.values()))
     write_whole(path, text.getvalue())
+
+
+def commands_path(path: Path) -> Path:
+    """The file that tells the commands of a table."""
+    return path.with_suffix(".commands.json")
+
+
+def _read_commands(path: Path) -> dict[str, str]:
+    commands = commands_path(path)
+    return dict(json.loads(commands.read_text(encoding="utf-8"))) if commands.exists() else {}
+
+
+def _write_commands(path: Path, rows: Iterable[Row]) -> None:
+    commands = {_name(row): row.command for row in rows}
+    write_whole(commands_path(path), json.dumps(commands, indent=1, sort_keys=True) + "\n")
+
+
+def _name(row: Row) -> str:
+    """What stands for a row's command in the file."""
+    return f"{row.suite}-{hashlib.sha256(row.command.encode()).hexdigest()[:8]}"
 
 
 def _plain(value: object) -> object:
