@@ -2,6 +2,7 @@
 
 ``latency``: tokens per second and time to first token at long contexts, dummy weights, hits forced. ``smollm2``: real
 weights: agreement with the baseline, hit rates and speed of the presets. ``matrix``: every kind of server once.
+``tca``: TCA-Attention beside the baseline, dummy weights, budgets set.
 
 The tensor-parallel table: ``... latency --shape llama-70b --tp 4 --batches 1,8,32 --own 512 --short 0``.
 """
@@ -19,9 +20,9 @@ from pathlib import Path
 
 from mac_kernels.errors import MacError
 
-from . import results, sglang_latency, sglang_matrix, sglang_smollm2
+from . import results, sglang_latency, sglang_matrix, sglang_smollm2, sglang_tca
 
-SUITES = {"latency": sglang_latency, "smollm2": sglang_smollm2, "matrix": sglang_matrix}
+SUITES = {"latency": sglang_latency, "smollm2": sglang_smollm2, "matrix": sglang_matrix, "tca": sglang_tca}
 
 
 def main(argv: list[str] | None = None) -> int:

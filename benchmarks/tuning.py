@@ -1,14 +1,13 @@
 """Tuned launch parameters beside the defaults and the best of a random search: ``python -m benchmarks.tuning``.
 
-Kernels are compiled by many processes while the layouts are tuned by a few, which take turns on the GPU. Every bucket is
-in the table, and in the tuned file of its layout, as soon as it is measured.
+Kernels are compiled by many processes while the layouts are tuned by a few, which take turns on the GPU. Every bucket
+is in the table, and in the tuned file of its layout, as soon as it is measured.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import math
 import multiprocessing
 import random
@@ -16,7 +15,7 @@ import re
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from mac_autotune.errors import ExportRefused
 from mac_autotune.export import Rated, bucket_of, rate, write
 from mac_autotune.kernel import CONFIG, HIT_RATES, Bench, make_store, unusable
 from mac_autotune.latency import PLANTED_LAG
+from mac_autotune.rounds import gpu_turn
 from mac_autotune.study import StudyPlan
 from mac_autotune.tune_kernel import KernelTask, compile_jobs, kernel_file_of, line, search
 from mac_kernels import HeadLayout
@@ -40,8 +40,9 @@ LAYOUTS = ("9/3x64", "32/8x128", "32/4x128", "14/2x64", "12/2x128", "40/8x128", 
 POLICY_LAYOUT = "9/3x64"
 POLICY_CONFIGS = ((512, 256), (1024, 512), (512, 512), (256, 512), (1024, 256))
 """Window and band of steps that a policy for :data:`POLICY_LAYOUT` may choose."""
+_SMOLLM2_CONTEXT = 8192  # all that a model of this layout reads
 _FINALISTS = 10
-_LEFT_S = 6.0  # a bucket begun with less time would be cut
+_LEFT_S = 12.0  # a bucket begun with less time would be cut
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,22 +59,23 @@ class Run:
     def task(self, layout: str) -> KernelTask:
         """What ``tune kernel`` would be asked for."""
         hq, hkv, dim = map(int, re.split("[/x]", layout))
-        lists = (",".join(map(str, values)) for values in (self.batches, self.contexts))
+        contexts = self.contexts if layout != POLICY_LAYOUT else (_SMOLLM2_CONTEXT, *self.contexts)
+        lists = (",".join(map(str, values)) for values in (self.batches, contexts))
         asked = "--batches {} --contexts {}".format(*lists)
         return KernelTask(
             layout=HeadLayout(hq, hkv, dim),
             dtype=torch.bfloat16,
             page_size=1,
             batches=self.batches,
-            contexts=self.contexts,
+            contexts=contexts,
             cache_gb=9.0,
             plan=StudyPlan(name="", trials=self.trials),
             command=f"mac-kernels tune kernel --hq {hq} --hkv {hkv} --head-dim {dim} {asked} --trials {self.trials}",
         )
 
 
-def random_search(bench: Bench, points: int, seed: int) -> tuple[dict[int, LaunchParams], list[Any]]:
-    """The best three of so many launch parameters drawn at random, by negative number, and all with their latency."""
+def random_search(bench: Bench, points: int, seed: int) -> dict[int, LaunchParams]:
+    """The best three of so many launch parameters drawn at random, by negative number."""
     draw, drawn = random.Random(seed), dict[LaunchParams, float]()
     while len(drawn) < points:
         launch = bench.space.suggest(_Drawing(draw))
@@ -89,9 +91,7 @@ def random_search(bench: Bench, points: int, seed: int) -> tuple[dict[int, Launc
     order = sorted(drawn, key=drawn.__getitem__)
     finalists = {-1 - index: launch for index, launch in enumerate(order[:_FINALISTS])}
     _, rated = rate(bench.time, bench.default, finalists, HIT_RATES, rounds=2, repeats=4)
-    varied = bench.space.params()
-    table = [[*(getattr(launch, name) for name in varied), round(drawn[launch], 2)] for launch in order]
-    return {one.trial: one.launch for one in rated[:3]}, [[*varied, "us"], *table]
+    return {one.trial: one.launch for one in rated[:3]}
 
 
 class _Drawing:
@@ -117,9 +117,10 @@ def tune_layout(run: Run, layout: str, facts: results.Row) -> None:
             return
         begin = time.perf_counter()
         bench = Bench(problem, store=store)
+        torch.cuda.empty_cache()  # what planting needed: others are tuned beside this layout
         tuned = search(task, bench)
         searched = time.perf_counter()
-        drawn, table = random_search(bench, run.points, seed=problem.batch)
+        drawn = random_search(bench, run.points, seed=problem.batch)
         _, chosen = rate(bench.time, bench.default, {**tuned, **drawn}, HIT_RATES, rounds=5, repeats=5)
         best = {("tuned" if one.trial >= 0 else "random"): one for one in reversed(chosen)}
         triton = dataclasses.replace(bench.default, cluster_size=0)
@@ -130,27 +131,23 @@ def tune_layout(run: Run, layout: str, facts: results.Row) -> None:
         buckets.append(bucket)
         shipped = by_trial[bucket.trial] if bucket.launch is not None else default
         cases = {"default": default, "tuned": shipped, f"random {run.points}": by_trial[best["random"].trial]}
-        rows = [
-            row
-            for name, one in (cases | {"triton front": by_trial[_TRITON]}).items()
-            for row in _rows(bench, name, one)
-        ]
-        results.upsert(run.output / f"tuning-{layout.replace('/', '-')}.csv", [{**row, **facts} for row in rows])
-        name = f"random-{str(problem).replace('/', '-')}.json"
-        (run.output / name).write_text(json.dumps(table), encoding="utf-8")
+        cases["triton front"] = by_trial[_TRITON]
+        rows = [row for name, one in cases.items() for row in _rows(bench, name, one)]
+        with gpu_turn():  # the others write to the same table
+            results.upsert(run.output / "tuning.csv", [{**row, **facts} for row in rows])
         took = f"{searched - begin:.1f} + {time.perf_counter() - searched:.1f} s"
         against = shipped.ratio.value / cases[f"random {run.points}"].ratio.value
         print(f"{line(problem, default, [shipped] if shipped is not default else [])}; {took}", flush=True)
         print(f"  to random {against:.3f}, Triton {by_trial[_TRITON].ratio.value:.3f}, {shipped.launch}", flush=True)
         try:
-            write(kernel_file_of(task, buckets), run.output / "bundled")
+            write(kernel_file_of(task, buckets), run.output / "tuned")
         except ExportRefused as refused:
             print(refused, flush=True)
         del bench
         torch.cuda.empty_cache()
 
 
-_TRITON = 1_000_000  # no trial's number
+_TRITON = -1000  # neither a trial's number nor that of a drawn point
 
 
 def time_policies(run: Run, facts: results.Row) -> None:
@@ -218,33 +215,34 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=3600.0, help="begin nothing that would take longer")
     parser.add_argument("--workers", type=int, default=12, help="processes that compile")
     parser.add_argument("--beside", type=int, default=4, help="layouts that are tuned side by side")
-    parser.add_argument("--output", type=Path, default=results.folder() / "tuning")
+    parser.add_argument("--output", type=Path, default=results.folder(), help="tables and tuned/")
     args = parser.parse_args(argv)
     batches, contexts = (tuple(map(int, text.split(","))) for text in (args.batches, args.contexts))
     run = Run(args.trials, args.points, batches, contexts, args.output, time.time() + args.seconds)
     args.output.mkdir(parents=True, exist_ok=True)
     facts = results.facts(f"python -m benchmarks.tuning --trials {args.trials} --points {args.points}")
-    layouts, begin = args.layouts.split(","), time.perf_counter()
-    with compile_pool(args.workers) as pool, ThreadPoolExecutor(args.beside) as lanes:
-        pending = {
-            name: [f for job in compile_jobs(run.task(name).problems(), 0) for f in submit(pool, job)]
-            for name in layouts[:1]
-        }
-        if POLICY_LAYOUT in layouts:
+    begin = time.perf_counter()
+    pool = compile_pool(args.workers)
+    pending: dict[str, list[Future[int]]] = {}
+    for name in args.layouts.split(","):
+        pending[name] = [f for job in compile_jobs(run.task(name).problems(), 0) for f in submit(pool, job)]
+        if name == POLICY_LAYOUT:
             pending["policies"] = [f for job in policy_jobs(run) for f in submit(pool, job)]
-        for name in layouts[1:]:
-            pending[name] = [f for job in compile_jobs(run.task(name).problems(), 0) for f in submit(pool, job)]
 
-        def one(name: str) -> None:
-            wait(pending[name], timeout=max(0.0, run.until - time.time()))
-            print(f"{name}: compiled at {time.perf_counter() - begin:.0f} s", flush=True)
-            target, given = (time_policies, (run, facts)) if name == "policies" else (tune_layout, (run, name, facts))
-            process = multiprocessing.get_context("spawn").Process(target=target, args=given)
-            process.start()
-            process.join()
-            print(f"{name}: exit {process.exitcode} at {time.perf_counter() - begin:.0f} s", flush=True)
+    def one(name: str) -> None:
+        wait(pending[name], timeout=max(0.0, run.until - time.time()))
+        errors = {str(f.exception()) for f in pending[name] if f.done() and f.exception()}
+        refused = sum(f.result() for f in pending[name] if f.done() and not f.exception())
+        print(f"{name}: compiled at {time.perf_counter() - begin:.0f} s, {refused} refused {errors or ''}", flush=True)
+        target, given = (time_policies, (run, facts)) if name == "policies" else (tune_layout, (run, name, facts))
+        process = multiprocessing.get_context("spawn").Process(target=target, args=given)
+        process.start()
+        process.join()
+        print(f"{name}: exit {process.exitcode} at {time.perf_counter() - begin:.0f} s", flush=True)
 
+    with ThreadPoolExecutor(args.beside) as lanes:
         list(lanes.map(one, pending))
+    pool.shutdown(wait=False, cancel_futures=True)
 
 
 if __name__ == "__main__":

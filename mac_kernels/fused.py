@@ -250,6 +250,7 @@ class FusedStep:
             "ALWAYS_GROUP": launch.splits,  # the parts of a group follow each other
             "ALWAYS_SPLIT": 1,
             "PART_STRIDE": 1,
+            "PARTS_ARE_OLDER": False,
             "BLOCK_SPLITS": triton.next_power_of_2(launch.splits),
             "BLOCK_GROUPS": triton.next_power_of_2(self._groups),
         }

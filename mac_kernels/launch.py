@@ -48,7 +48,6 @@ def default_launch(num_groups: int, config: MacConfig, num_sms: int) -> LaunchPa
     splits = 1
     while splits * 2 <= most and num_groups * splits * 4 <= 3 * num_sms:
         splits *= 2
-    front_warps = 4 if num_groups > 2 * num_sms else 8
     cluster_size = next(
         (size for size in (8, 4) if num_groups * size * 2 <= num_sms), 2 if num_groups * 2 <= num_sms else 1
     )
@@ -58,7 +57,6 @@ def default_launch(num_groups: int, config: MacConfig, num_sms: int) -> LaunchPa
             splits=splits,
             scout_stages=1,
             programs_per_sm=1,
-            rest_tile_bytes=64 * 1024,
             rest_warps=8,
             block_parts=32,
             complete_warps=4,
@@ -66,7 +64,6 @@ def default_launch(num_groups: int, config: MacConfig, num_sms: int) -> LaunchPa
     if num_groups >= num_sms:
         return LaunchParams(
             cluster_size=cluster_size,
-            front_warps=front_warps,
             splits=splits,
             scout_stages=3,
             block_rows=128,

@@ -58,7 +58,8 @@ def kernel(
     page_size: Annotated[int, typer.Option(min=1, help="Tokens per page; 1 for SGLang and transformers.")] = 1,
     batches: Annotated[str, typer.Option(help="Batch sizes, separated by commas.")] = "1,16,64",
     contexts: Annotated[str, typer.Option(help="Contexts in tokens, separated by commas.")] = "32768,126976",
-    trials: TrialsOption = 100,
+    cache_gb: Annotated[float, typer.Option(min=0.001, help="Leave out what needs a larger KV cache than this.")] = 9.0,
+    trials: TrialsOption = 64,
     timeout: TimeoutOption = None,
     storage: StorageOption = None,
     study: StudyOption = None,
@@ -92,6 +93,7 @@ def kernel(
         page_size=page_size,
         batches=_numbers("--batches", batches),
         contexts=_numbers("--contexts", contexts),
+        cache_gb=cache_gb,
         plan=StudyPlan(
             name=study or "", storage=storage, trials=trials, timeout_s=timeout, sampler=sampler.value, seed=seed
         ),

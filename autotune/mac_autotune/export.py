@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 import optuna
 
-from mac_kernels import MacConfig
+from mac_kernels import MacConfig, __version__
 from mac_kernels.launch import LaunchParams
 from mac_kernels.testing.timing import Timing
 from mac_kernels.tuned import (
@@ -35,7 +35,7 @@ from .quality.metrics import Estimate
 
 COVERED = 1.5
 """How far beyond the measured batch sizes and contexts a file speaks, as a factor."""
-_PACKAGES = ("mac-kernels", "torch", "triton", "transformers", "optuna")
+_PACKAGES = ("torch", "triton", "transformers", "optuna")
 
 
 class Times(Protocol):
@@ -196,7 +196,7 @@ def provenance(*, gpu: str, study: str, trial: int, basis: str, command: str) ->
     return Provenance(
         gpu=gpu,
         driver=_driver(),
-        versions={name: _version(name) for name in _PACKAGES},
+        versions={"mac-kernels": __version__, **{name: _version(name) for name in _PACKAGES}},
         study=study,
         trial=trial,
         basis=basis,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -10,23 +11,30 @@ from typing import Any
 
 import torch
 
-from mac_kernels import BatchMacDecodeWithPagedKVCacheWrapper, HeadLayout, MacConfig, MissingError, Rope
+from mac_kernels import BatchMacDecodeWithPagedKVCacheWrapper, HeadLayout, MacConfig, MissingError, PagedKV, Rope
+from mac_kernels.cuda import compiler
+from mac_kernels.cuda.front import unsupported_front
 from mac_kernels.launch import LaunchParams, default_launch
 from mac_kernels.testing.scenario import PagedStore, Scenario, plant_step, random_store
-from mac_kernels.testing.timing import Timing, calls_per_round, measure
+from mac_kernels.testing.timing import Timing
 
 from .latency import PLANTED_LAG
 from .objective import Measured, Report
+from .rounds import Round, Rounds, gpu_turn
 from .space import LaunchSpace, Suggest
 
 HIT_RATES = (1.0, 0.9, 0.5, 0.0)
 """Cheapest first, so that a bad trial is pruned before it has read whole caches."""
 # the influence bound costs the kernels one comparison; planting under it would need a cache for every hit rate
 CONFIG = dataclasses.replace(MacConfig(), influence=None, break_even=None)
+SHORTEST = CONFIG.min_context + 1
+"""Tokens that a planted step needs at least."""
 SLOWER = 1.02
 """No hit rate may get slower than the default by more than this factor."""
 _WRONG = 1e-2  # of the output's norm: two roundings to bf16
-_ROUND_US = 4_000.0
+_ROUND_US = 500.0
+_MOST_CALLS = 8
+_KEPT = 12  # launch parameters whose rounds are kept: the default, and all that are measured again together
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +46,12 @@ class Problem:
     context: int
     page_size: int = 1
     dtype: torch.dtype = torch.bfloat16
+
+    @property
+    def cache_bytes(self) -> int:
+        """Size of the KV cache."""
+        layout = self.layout
+        return self.batch * self.context * 2 * layout.num_kv_heads * layout.head_dim * self.dtype.itemsize
 
     def __str__(self) -> str:
         layout = self.layout
@@ -55,7 +69,7 @@ class Bench:
     seed : int
         Of queries, keys and outcomes.
     store : PagedStore, optional
-        A filled cache of at least this batch and context; filling one takes longer than a trial.
+        A filled cache of at least as many tokens; filling one takes longer than a trial.
     hit_rates : sequence of float
     config : MacConfig
         Without an influence bound.
@@ -83,13 +97,16 @@ class Bench:
         self.problem, self._config, self._device = problem, config, device
         half = problem.layout.head_dim // 2
         self._rope = Rope.from_inv_freq(10000.0 ** (-torch.arange(half, device=device) / half))
-        self._store = make_store(problem, seed=seed, device=device) if store is None else store
+        whole = make_store(problem, seed=seed, device=device) if store is None else store
+        self._store = _regrouped(whole, problem)
+        self._table: Any = self._store.table([problem.context] * problem.batch)
         self._scenarios = {hit: self._plant(hit, seed) for hit in hit_rates}
-        facts = torch.cuda.get_device_properties(0) if device == "cuda" else None
-        sms, l2 = (facts.multi_processor_count, facts.L2_cache_size) if facts else (2, 0)
-        self.default = default_launch(problem.batch * problem.layout.num_kv_heads, config, sms)
-        self._flush = torch.empty(2 * l2, dtype=torch.int8, device=device)
+        self.default = default_launch(problem.batch * problem.layout.num_kv_heads, config, num_sms(device))
+        self.space = LaunchSpace(self.default, serves_front(next(iter(self._scenarios.values()))))
+        self._rounds, self._made = Rounds(device), dict[tuple[LaunchParams, float], Round]()
+        self._steps: dict[LaunchParams, BatchMacDecodeWithPagedKVCacheWrapper] = {}
         self._right: dict[float, torch.Tensor] = {}
+        self._counts: dict[float, int] = {}
 
     def time(self, launches: Mapping[str, LaunchParams], hit: float, *, repeats: int) -> dict[str, Timing]:
         """Time several launch parameters in turn, every call with a cold L2 cache.
@@ -99,29 +116,50 @@ class Bench:
         ArithmeticError
             If one computes something else than the default.
         """
-        calls = {name: self._call(launch, hit) for name, launch in launches.items()}
-        if hit not in self._right:
-            self._right[hit] = self._output(self._call(self.default, hit))
-        for name, (run, out) in calls.items():
-            got = self._output((run, out))
-            error = float((got.float() - self._right[hit].float()).norm() / self._right[hit].float().norm())
+        rounds = {name: self._round(launch, hit, name) for name, launch in launches.items()}
+        return self._rounds.time(rounds, repeats=repeats)
+
+    def _round(self, launch: LaunchParams, hit: float, name: str) -> Round:
+        """A round of this step, made the first time it is asked for; what it computes is checked then."""
+        if (launch, hit) in self._made:
+            return self._made[launch, hit]
+        if hit not in self._right and launch != self.default:
+            self._round(self.default, hit, "default")
+        run, out = self._call(launch, hit)
+        with gpu_turn(self._device == "cuda"):
+            run()
+            right = self._right.setdefault(hit, out.clone())
+            error = float((out.float() - right.float()).norm() / right.float().norm())
             if not error <= _WRONG:
                 raise ArithmeticError(f"{name} at hit rate {hit:g}: off by {error:.3g} of the output's norm")
-        count = calls_per_round(next(iter(calls.values()))[0], round_us=_ROUND_US) if self._device == "cuda" else 1
-        providers: dict[str, list[Callable[[], Any]]] = {
-            name: [_after(self._flush, run)] * count for name, (run, _) in calls.items()
-        }
-        timed = measure(
-            {**providers, "": [_after(self._flush, None)] * count}, device=self._device, repeats=repeats, warmup=1
-        )
-        idle = timed.pop("").p50_us
-        return {name: Timing(t.p20_us - idle, t.p50_us - idle, t.p80_us - idle, t.n) for name, t in timed.items()}
+            if hit not in self._counts:
+                alone_us = self._rounds.alone_us(run)
+                self._counts[hit] = max(1, min(_MOST_CALLS, round(_ROUND_US / alone_us)))
+        self._made[launch, hit] = self._rounds.make(run, self._counts[hit])
+        return self._made[launch, hit]
 
-    def run_once(self, launch: LaunchParams) -> None:
-        """Run one step at the first hit rate, which compiles the kernels."""
-        self._call(launch, next(iter(self._scenarios)))[0]()
-        if self._device == "cuda":
-            torch.cuda.synchronize()
+    def _step(self, launch: LaunchParams) -> BatchMacDecodeWithPagedKVCacheWrapper:
+        """The planned step of some launch parameters; all hit rates share one page table."""
+        if launch not in self._steps:
+            others = [one for one in self._steps if one != self.default]
+            for old in others[: max(0, len(others) + 2 - _KEPT)]:
+                del self._steps[old]
+                self._made = {key: made for key, made in self._made.items() if key[0] != old}
+            problem, table = self.problem, self._table
+            mac = BatchMacDecodeWithPagedKVCacheWrapper("NHD", backend="triton")
+            mac.plan(
+                table.indptr,
+                table.indices,
+                table.last_page_len,
+                layout=problem.layout,
+                page_size=problem.page_size,
+                config=self._config,
+                rope=self._rope,
+                kv_data_type=problem.dtype,
+                launch=launch,
+            )
+            self._steps[launch] = mac
+        return self._steps[launch]
 
     def _plant(self, hit: float, seed: int) -> Scenario:
         problem = self.problem
@@ -138,27 +176,14 @@ class Bench:
             lag=(PLANTED_LAG, PLANTED_LAG + 3),
             rows="synthetic",
             page_size=problem.page_size,
-            dtype=torch.bfloat16,
+            dtype=problem.dtype,
             device=self._device,
             seed=seed,
             store=self._store,
         )
 
     def _call(self, launch: LaunchParams, hit: float) -> tuple[Callable[[], Any], torch.Tensor]:
-        problem, scenario = self.problem, self._scenarios[hit]
-        table: Any = scenario.kv.table
-        mac = BatchMacDecodeWithPagedKVCacheWrapper("NHD", backend="triton")
-        mac.plan(
-            table.indptr,
-            table.indices,
-            table.last_page_len,
-            layout=problem.layout,
-            page_size=problem.page_size,
-            config=self._config,
-            rope=self._rope,
-            kv_data_type=problem.dtype,
-            launch=launch,
-        )
+        scenario, mac = self._scenarios[hit], self._step(launch)
         out = torch.full_like(scenario.q, torch.nan)
         cache = (scenario.kv.k_cache, scenario.kv.v_cache)
 
@@ -175,11 +200,6 @@ class Bench:
 
         return run, out
 
-    def _output(self, call: tuple[Callable[[], Any], torch.Tensor]) -> torch.Tensor:
-        run, out = call
-        run()
-        return out.clone()
-
 
 class KernelObjective:
     """Latency relative to the default, geometric mean over the hit rates; both timed in turn in every trial.
@@ -190,9 +210,9 @@ class KernelObjective:
     metrics = ("latency",)
     noisy = True
 
-    def __init__(self, bench: Bench, *, repeats: int = 5) -> None:
+    def __init__(self, bench: Bench, *, repeats: int = 3) -> None:
         self._bench, self._repeats = bench, repeats
-        self._space = LaunchSpace(bench.default)
+        self._space = bench.space
 
     def params(self) -> dict[str, Any]:
         """Trial 0: what serving uses without a file."""
@@ -231,6 +251,26 @@ def make_store(problem: Problem, *, seed: int, device: str = "cuda") -> PagedSto
     )
 
 
+def _regrouped(store: PagedStore, problem: Problem) -> PagedStore:
+    """The same cache with its pages dealt out to the requests of a problem."""
+    pages = -(-problem.context // problem.page_size)
+    other = copy.copy(store)
+    other.pages = store.pages.flatten()[: problem.batch * pages].view(problem.batch, pages)
+    return other
+
+
+def num_sms(device: str) -> int:
+    """Streaming multiprocessors; 2 without a GPU."""
+    return torch.cuda.get_device_properties(0).multi_processor_count if device == "cuda" else 2
+
+
+def serves_front(scenario: Scenario) -> bool:
+    """Whether the CUDA front can serve in place of scout and decide."""
+    kv: PagedKV = scenario.kv
+    against = unsupported_front(scenario.q, kv, scenario.rings, scenario.config, scenario.q)
+    return against is None and compiler.missing() is None
+
+
 def mean_ratio(ratios: Any) -> float:
     """Geometric mean."""
     logs = [math.log(ratio) for ratio in ratios]
@@ -242,12 +282,5 @@ def unusable(error: Exception) -> bool:
     if isinstance(error, ArithmeticError):
         return True
     name = type(error).__name__
-    return name in ("OutOfResources", "PTXASError", "CompilationError") or "out of resource" in str(error)
-
-
-def _after(flush: torch.Tensor, run: Callable[[], Any] | None) -> Callable[[], Any]:
-    def call() -> Any:
-        flush.add_(1)
-        return None if run is None else run()
-
-    return call
+    names = ("OutOfResources", "PTXASError", "CompilationError", "CudaError")
+    return name in names or "out of resource" in str(error)

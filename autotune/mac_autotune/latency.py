@@ -60,8 +60,9 @@ class Curve:
 class LatencyModel:
     """Expected latency of one layer's step by bucket (batch, context).
 
-    With ``curves`` a policy is placed on the measured curve by its hit rate, and what it reads more or less than the
-    measured config is added at the GPU's bandwidth. Without, all is bytes over bandwidth plus launches.
+    With ``curves`` a policy is placed by its hit rate on the one whose window and band are nearest to its own, and what
+    it reads more or less than the measured config is added at the GPU's bandwidth. Without, all is bytes over bandwidth
+    plus launches.
     """
 
     layout: HeadLayout
@@ -78,9 +79,10 @@ class LatencyModel:
     def step_us(self, config: MacConfig, reads: Reads, batch: int, context: int) -> float:
         """Expected latency of one step of one layer."""
         total = self._bytes(config, reads, batch, context)
-        curve = next((c for c in self.curves if (c.batch, c.context) == (batch, context)), None)
-        if curve is None:
+        curves = [curve for curve in self.curves if (curve.batch, curve.context) == (batch, context)]
+        if not curves:
             return self.gpu.launch_us + total / self.gpu.bytes_per_us
+        curve = min(curves, key=lambda c: _octaves(c.window, config.window) + _octaves(c.band, config.band))
         measured = MacConfig(window=curve.window, band=curve.band)
         planted = Reads(reads.hit, PLANTED_LAG + curve.band + measured.sinks)
         more = total - self._bytes(measured, planted, batch, context)
@@ -105,6 +107,10 @@ class LatencyModel:
         return batch * layout.num_kv_heads * (tokens * 2 * layout.head_dim * item + scan + 5 * row)
 
 
+def _octaves(a: int, b: int) -> float:
+    return abs(math.log2(a / b))
+
+
 def curves_of(file: KernelFile) -> tuple[Curve, ...]:
     """The curves that a tuned kernel file carries."""
     return tuple(
@@ -120,7 +126,9 @@ def curves_of(file: KernelFile) -> tuple[Curve, ...]:
 
 
 def curves_in(table: Path, layout: HeadLayout) -> tuple[Curve, ...]:
-    """The curves of a layout in a benchmark table (``benchmarks/results/<gpu>/decode.csv``): Triton, ``careful``.
+    """The curves of a layout in a benchmark table (``benchmarks/results/<gpu>/decode.csv`` or ``policy.csv``).
+
+    Rows of the Triton backend under ``careful``, as far as its window and band are not others.
 
     Raises
     ------
@@ -166,5 +174,5 @@ def latency_model(
         raise InputError(f"gpu={gpu!r} has no entry in the latency model; known: {', '.join(GPUS)}")
     whole = tuple(curve for curve in curves if curve.points[0][0] == 0 and curve.points[-1][0] == 1)
     if whole:
-        return LatencyModel(layout, GPUS[gpu], tuple((c.batch, c.context) for c in whole), whole)
+        return LatencyModel(layout, GPUS[gpu], tuple(dict.fromkeys((c.batch, c.context) for c in whole)), whole)
     return LatencyModel(layout, GPUS[gpu], tuple(buckets))

@@ -69,7 +69,7 @@ def replay(trace: Trace, config: MacConfig, exact: torch.Tensor) -> Replayed:
     fill_rings(
         trace.q[:, first - count : first].flatten(0, 1),
         torch.arange(layers + 1) * count,
-        _cache(trace, trace.prompt),
+        cache_of(trace, trace.prompt),
         rings=rings,
         layer=0,
         slots=slots,
@@ -85,7 +85,7 @@ def replay(trace: Trace, config: MacConfig, exact: torch.Tensor) -> Replayed:
     for step in range(trace.steps):
         out, seen = reference_step(
             trace.q[:, first + step],
-            _cache(trace, trace.prompt + step + 1),
+            cache_of(trace, trace.prompt + step + 1),
             rings,
             layer=0,
             slots=slots,
@@ -113,7 +113,7 @@ def full_attention(trace: Trace, progress: Callable[[int, int], None] | None = N
         q, length = trace.q[:, first + step], trace.prompt + step + 1
         begin = torch.zeros(q.shape[:2], dtype=torch.int64)
         state: AttnState = partial_attention(
-            q, _cache(trace, length), begin, torch.full((len(q),), length), sm_scale=trace.sm_scale
+            q, cache_of(trace, length), begin, torch.full((len(q),), length), sm_scale=trace.sm_scale
         )
         outputs.append(state.out)
         if progress is not None:
@@ -139,7 +139,7 @@ def _quotient(limit: float, table: torch.Tensor) -> torch.Tensor:
     return limit / table
 
 
-def _cache(trace: Trace, length: int) -> PagedKV:
+def cache_of(trace: Trace, length: int) -> PagedKV:
     """The first tokens of every layer; a layer is one page."""
     layers, _, capacity, _ = trace.k.shape
     index = torch.arange(layers + 1, dtype=torch.int32)

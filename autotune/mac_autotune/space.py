@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import itertools
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -19,7 +20,7 @@ LAUNCH_CHOICES: dict[str, tuple[int, ...]] = {
     "scout_stages": (1, 2, 3),
     "block_rows": (64, 128),
     "decide_warps": (2, 4, 8),
-    "programs_per_sm": (1, 2, 3, 4),
+    "programs_per_sm": (1, 2, 3),
     "rest_tile_bytes": (16 * _KB, 32 * _KB, 64 * _KB),
     "rest_warps": (4, 8),
     "rest_stages": (2, 3, 4, 5),
@@ -31,13 +32,17 @@ LAUNCH_CHOICES: dict[str, tuple[int, ...]] = {
 """Every field of :class:`mac_kernels.launch.LaunchParams`; the values of the defaults are among them."""
 
 KERNELS: dict[str, tuple[str, ...]] = {
-    "scout": ("splits", "scout_tile_bytes", "scout_warps", "scout_stages", "block_rows"),
-    "decide": ("splits", "decide_warps"),
+    "scout": ("scout_tile_bytes", "scout_warps", "scout_stages", "block_rows"),
+    "decide": ("decide_warps",),
     "rest": ("rest_tile_bytes", "rest_warps", "rest_stages"),
-    "complete": ("splits", "block_parts", "complete_warps"),
+    "complete": ("block_parts", "complete_warps"),
     "front": ("cluster_size", "front_warps"),
 }
 """The fields that each kernel is compiled for: what they do not share need not be compiled in every combination."""
+
+_VARIED = {True: ("front", "rest", "complete"), False: ("scout", "decide", "rest", "complete")}
+_SHARED = {True: ("programs_per_sm",), False: ("programs_per_sm", "splits")}
+"""Kernels whose fields are varied with and without the CUDA front, and the fields that are no single kernel's."""
 
 _POLICY_CHOICES: dict[str, tuple[Any, ...]] = {
     "window": (128, 256, 512, 1024),
@@ -65,21 +70,29 @@ class Suggest(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class LaunchSpace:
-    """Launch parameters; ``default`` is trial 0."""
+    """Launch parameters of the kernels that serve; ``default`` is trial 0 and keeps what those kernels do not take.
+
+    ``front``: whether the CUDA front can serve in place of scout and decide.
+    """
 
     default: LaunchParams
+    front: bool
 
     def params(self) -> dict[str, Any]:
         """Trial 0."""
-        return dataclasses.asdict(self.default)
+        return {name: getattr(self.default, name) for name in self._names}
 
     def suggest(self, trial: Suggest) -> LaunchParams:
         """Let a trial choose."""
-        return LaunchParams(**{name: trial.suggest_categorical(name, LAUNCH_CHOICES[name]) for name in LAUNCH_CHOICES})
+        return self.build({name: trial.suggest_categorical(name, LAUNCH_CHOICES[name]) for name in self._names})
 
     def build(self, params: Mapping[str, Any]) -> LaunchParams:
         """What a finished trial chose."""
-        return LaunchParams(**params)
+        return dataclasses.replace(self.default, **params)
+
+    @property
+    def _names(self) -> list[str]:
+        return [*_SHARED[self.front], *(name for kernel in _VARIED[self.front] for name in KERNELS[kernel])]
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,26 +118,32 @@ class PolicySpace:
         return dataclasses.replace(self.default, **{**params, **rounded})
 
 
-def variants(space: Mapping[str, tuple[int, ...]] = LAUNCH_CHOICES) -> list[LaunchParams]:
+def variants(space: LaunchSpace) -> list[LaunchParams]:
     """Launch parameters that together hold every variant of every kernel, as few as possible: what to compile ahead."""
-    # the front replaces scout and decide, so it has launches of its own
-    by_splits = {
-        split: {name: _combinations(fields, space) for name, fields in KERNELS.items() if name != "front"}
-        for split in space["splits"]
-    }
-    found = []
-    for split, kernels in by_splits.items():
-        for index in range(max(map(len, kernels.values()))):
-            values: dict[str, int] = {}
-            for combinations in kernels.values():
-                values |= combinations[index % len(combinations)]
-            found.append(LaunchParams(**{**values, "splits": split}))
-    return [*found, *(LaunchParams(**front) for front in _combinations(KERNELS["front"], space))]
+    default, rows = space.default, {kernel: _combinations(KERNELS[kernel]) for kernel in _VARIED[space.front]}
+    if not space.front:
+        return [
+            dataclasses.replace(default, splits=splits, **values)
+            for splits in LAUNCH_CHOICES["splits"]
+            for values in _side_by_side(rows.values())
+        ]
+    behind_front = [row for row in rows["front"] if row["cluster_size"] > 0]
+    # the last kernel does less behind the front
+    without = [dataclasses.replace(default, cluster_size=0, **row) for row in rows["complete"]]
+    return without + [
+        dataclasses.replace(default, **values)
+        for values in _side_by_side((behind_front, rows["rest"], rows["complete"]))
+    ]
 
 
-def _combinations(fields: tuple[str, ...], space: Mapping[str, tuple[int, ...]]) -> list[dict[str, int]]:
-    rows: list[dict[str, int]] = [{}]
-    for name in fields:
-        if name != "splits":
-            rows = [{**row, name: value} for row in rows for value in space[name]]
-    return rows
+def _combinations(fields: tuple[str, ...]) -> list[dict[str, int]]:
+    choices = (LAUNCH_CHOICES[name] for name in fields)
+    return [dict(zip(fields, values, strict=True)) for values in itertools.product(*choices)]
+
+
+def _side_by_side(rows: Collection[Sequence[dict[str, int]]]) -> list[dict[str, int]]:
+    """One row of every list at a time, shorter lists over and over."""
+    return [
+        {name: value for one in rows for name, value in one[index % len(one)].items()}
+        for index in range(max(map(len, rows)))
+    ]

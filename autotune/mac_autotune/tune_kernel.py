@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from mac_kernels import HeadLayout, MissingError
+from mac_kernels import HeadLayout, InputError, MissingError
+from mac_kernels.launch import LaunchParams, default_launch
 from mac_kernels.tuned import Bucket, KernelFile, KernelKey
 
-from .compile import compile_ahead
+from .compile import Job, compile_ahead
 from .export import Rated, bucket_of, kernel_file, provenance, rate
-from .kernel import CONFIG, HIT_RATES, Bench, KernelObjective, Problem, make_store
+from .kernel import CONFIG, HIT_RATES, SHORTEST, Bench, KernelObjective, Problem, make_store, num_sms
 from .progress import StudyPanel
-from .space import LaunchSpace, variants
+from .space import variants
 from .study import StudyPlan, ranked, run_study
 
 TOP = 3
@@ -32,16 +33,28 @@ class KernelTask:
     page_size: int
     batches: tuple[int, ...]
     contexts: tuple[int, ...]
+    cache_gb: float
     plan: StudyPlan
     command: str
 
     def problems(self) -> list[Problem]:
-        """One per bucket, the smallest caches first."""
-        return [
+        """One per bucket, the smallest caches first; those whose cache would be larger than ``cache_gb`` are left out.
+
+        Raises
+        ------
+        InputError
+            If none is left.
+        """
+        every = [
             Problem(layout=self.layout, batch=batch, context=context, page_size=self.page_size, dtype=self.dtype)
             for batch in sorted(self.batches)
             for context in sorted(self.contexts)
         ]
+        fitting = [problem for problem in every if problem.cache_bytes <= self.cache_gb * 1e9]
+        if not fitting:
+            least = min(problem.cache_bytes for problem in every) / 1e9
+            raise InputError(f"--cache-gb {self.cache_gb:g}: the smallest bucket needs {least:.2g}; give more, or less")
+        return fitting
 
     def study(self, problem: Problem) -> StudyPlan:
         """The plan of a bucket's study."""
@@ -71,30 +84,59 @@ def tune_kernel(task: KernelTask, say: Say, *, export: bool = True) -> KernelFil
     ExportRefused
         If nothing beats the defaults.
     """
+    problems = task.problems()
+    jobs = compile_jobs(problems, task.plan.seed)
+    say(f"compiling {sum(len(job.launches) for job in jobs)} launch parameters")
+    refused = compile_ahead(jobs)
+    say(f"{refused} of them do not fit on this GPU")
+    store = make_store(max(problems, key=lambda problem: problem.cache_bytes), seed=task.plan.seed)
     buckets: list[Bucket] = []
-    compiled: set[int] = set()
-    for problem in task.problems():
-        if problem.batch not in compiled:
-            compiled.add(problem.batch)
-            launches = variants()
-            say(f"compiling {len(launches)} variants for batch {problem.batch}")
-            refused = compile_ahead(problem, launches)
-            say(f"{refused} of {len(launches)} do not fit on this GPU")
-        store = make_store(problem, seed=task.plan.seed)
+    for problem in problems:
         bench = Bench(problem, seed=task.plan.seed, store=store)
-        plan = task.study(problem)
-        with StudyPanel(plan) as panel:
-            study = run_study(plan, KernelObjective(bench), panel)
+        candidates = search(task, bench)
         if export:
-            space = LaunchSpace(bench.default)
-            candidates = {trial.number: space.build(trial.params) for trial in ranked(study)[:TOP]}
-            default, rated = rate(bench.time, bench.default, candidates, HIT_RATES)
+            default, rated = measured_again(bench, candidates)
             buckets.append(bucket_of(problem.batch, problem.context, default, rated))
-            say(_line(problem, default, rated))
-        del bench, store
+            say(line(problem, default, rated))
+        del bench
         torch.cuda.empty_cache()
-    if not export:
-        return None
+    return kernel_file_of(task, buckets) if export else None
+
+
+def compile_jobs(problems: Sequence[Problem], seed: int) -> list[Job]:
+    """What to compile for the buckets of a layout, those of equal batch size together."""
+    short = dataclasses.replace(problems[0], batch=1, context=SHORTEST)
+    space, kv_heads = Bench(short, seed=seed, hit_rates=(1.0,)).space, short.layout.num_kv_heads
+    jobs = []
+    for problem in {problem.batch: problem for problem in problems}.values():
+        default = default_launch(problem.batch * kv_heads, CONFIG, num_sms("cuda"))
+        jobs.append(Job(problem, variants(dataclasses.replace(space, default=default))))
+    return jobs
+
+
+def search(task: KernelTask, bench: Bench) -> dict[int, LaunchParams]:
+    """Run or resume the study of a bucket; its best launch parameters by trial number."""
+    plan = task.study(bench.problem)
+    with StudyPanel(plan) as panel:
+        study = run_study(plan, KernelObjective(bench), panel)
+    return {trial.number: bench.space.build(trial.params) for trial in ranked(study)[:TOP]}
+
+
+def measured_again(bench: Bench, candidates: Mapping[int, LaunchParams]) -> tuple[Rated, list[Rated]]:
+    """The default and the best candidate: chosen in one measurement, rated in another, which owes nothing to luck."""
+    _, chosen = rate(bench.time, bench.default, candidates, HIT_RATES, rounds=5)
+    best = {one.trial: one.launch for one in chosen[:1]}
+    return rate(bench.time, bench.default, best, HIT_RATES)
+
+
+def kernel_file_of(task: KernelTask, buckets: Sequence[Bucket]) -> KernelFile:
+    """The file of all buckets.
+
+    Raises
+    ------
+    ExportRefused
+        If nothing beats the defaults.
+    """
     key = KernelKey(
         gpu=gpu_name(),
         num_qo_heads=task.layout.num_qo_heads,
@@ -110,15 +152,17 @@ def tune_kernel(task: KernelTask, say: Say, *, export: bool = True) -> KernelFil
 
 def estimate_s(task: KernelTask, *, workers: int = 16) -> float:
     """Rough time of the whole task on a GPU machine: compiling, trials, measuring again."""
-    compile_s = len(set(task.batches)) * len(variants()) * _COMPILE_S / workers
+    compile_s = len({problem.batch for problem in task.problems()}) * _LAUNCHES * _COMPILE_S / workers
     return compile_s + len(task.problems()) * (task.plan.trials * _TRIAL_S + _EXPORT_S)
 
 
-# seconds for one variant of the four kernels, one trial, one bucket's export and planting: first estimates for an H100
-_COMPILE_S, _TRIAL_S, _EXPORT_S = 4.0, 0.4, 15.0
+# launch parameters that hold every variant, and seconds for compiling one, for a trial, for a bucket's planting and
+# measuring again: first estimates for an H100
+_LAUNCHES, _COMPILE_S, _TRIAL_S, _EXPORT_S = 36, 4.0, 0.05, 3.0
 
 
-def _line(problem: Problem, default: Rated, rated: Sequence[Rated]) -> str:
+def line(problem: Problem, default: Rated, rated: Sequence[Rated]) -> str:
+    """What came out for a bucket, for people."""
     best = rated[0] if rated else default
     ratio = best.ratio
     verdict = "better" if best.better else "the default stays"

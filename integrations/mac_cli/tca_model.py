@@ -83,7 +83,12 @@ class Loaded:
         return [one for name in names for one in passages(self.tokenizer, name, length=length, count=count, seed=_SEED)]
 
     def budgets(
-        self, config: TcaConfig, measure: Measure, retained: RetainedMass, names: list[PassageName], read: list[torch.Tensor]
+        self,
+        config: TcaConfig,
+        measure: Measure,
+        retained: RetainedMass,
+        names: list[PassageName],
+        read: list[torch.Tensor],
     ) -> TcaBudgets:
         """What a calibration found by reading some passages of these texts."""
         from mac_kernels.tca import TcaBudgets

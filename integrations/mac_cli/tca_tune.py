@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from mac_autotune.tune_tca import Tried
     from mac_kernels.tca import TcaBudgets, TcaConfig
 
+_BLOCK, _TARGET = 128, 0.98
+"""Of trial 0."""
+
 
 def tune(
     *,
@@ -51,7 +54,7 @@ def tune(
 
     Writes the budgets for them, as calibrate does; run the same command again to go on with the study.
     """
-    chosen = _checked(names, device, "optuna")
+    chosen = checked(names, device, "optuna")
     from mac_autotune import calibrate_tca
     from mac_autotune.quality.suites import Bench
     from mac_autotune.study import StudyPlan
@@ -59,30 +62,16 @@ def tune(
     from mac_autotune.tune_tca import Calibrations, TcaTask, tune_tca
 
     with stages() as display:
-        loaded = _Loaded.of(model, device)
+        loaded = Loaded.of(model, device)
         size = loaded.context if context is None else context
-        length = min(size, _LONGEST) if tokens is None else tokens
-        texts = _texts(loaded.tokenizer, chosen, length, 1)
-
-        def measured(config: TcaConfig) -> TcaBudgets:
-            what = f"calibrating block {config.block}, window {config.local_window}"
-            found = calibrate_tca.calibrate(
-                loaded.net, texts, config=config, progress=lambda done, total: display(what, done, total)
-            )
-            return loaded.budgets(config, "row", found["row"], texts=chosen, samples=len(texts), tokens=length)
-
+        window = calibrate_tca.default_window(size, _BLOCK)
+        base = config_of(block=_BLOCK, local_window=window, sinks=sinks, rule=rule, mass_target=_TARGET)
         task = TcaTask(
             name=loaded.key.short_name,
-            base=_config(
-                block=128,
-                local_window=calibrate_tca.default_window(size, 128),
-                sinks=sinks,
-                rule=rule,
-                mass_target=0.98,
-            ),
+            base=base,
             kl=kl,
             context=size,
-            names=tuple(name for name in _TEXTS if name in chosen),
+            names=tuple(chosen),
             prompt_tokens=min(4 * windows(size)[-1], size // 2),
             tokens=steps,
             layers=layers,
@@ -90,25 +79,38 @@ def tune(
             confirm_tokens=confirm_tokens,
             plan=StudyPlan(name=study or "", storage=storage, trials=trials, timeout_s=timeout),
         )
+        read = loaded.passages(chosen, min(size, LONGEST) if tokens is None else tokens, 1)
+
+        def measured(config: TcaConfig) -> TcaBudgets:
+            what = f"calibrating block {config.block}, window {config.local_window}"
+            found = calibrate_tca.calibrate(
+                loaded.net, read, config=config, progress=lambda done, total: display(what, done, total)
+            )
+            return loaded.budgets(config, "row", found["row"], chosen, read)
+
         calibrated = Calibrations(measured)
         bench = Bench(loaded.net, loaded.tokenizer, display)
-        best, tried = tune_tca(task, bench, calibrated, lambda line: display(line, 0, 1))
+        best, tried = tune_tca(task, bench, calibrated, lambda line: typer.echo(line, err=True))
     budgets = dataclasses.replace(calibrated(best.config), config=best.config)
     path = (user_config_dir() if output is None else output) / budgets.file_name
     budgets.save(path)
-    rows = [
-        {"trial": one.trial, "block": one.config.block, "local_window": one.config.local_window,
-         "mass_target": one.config.mass_target, "kv_read": round(one.share, 4), "kl": round(one.kl.value, 5),
-         "kl_low": round(one.kl.low, 5), "kl_high": round(one.kl.high, 5), "chosen": one == best}
-        for one in tried
-    ]  # fmt: skip
+    rows = [{**_row(one), "chosen": one == best} for one in tried]
     if as_json:
         print_json({"path": str(path), "context": size, "confirmed": rows})
         return
-    table = Table(*rows[0], title=f"confirmed in a closed loop, read at {size} tokens")
+    table = Table(*rows[0], title=f"confirmed in a closed loop; kv_read at {size} tokens")
     for row in rows:
-        table.add_row(*(str(value) for value in row.values()))
+        table.add_row(*map(str, row.values()))
     out().print(table)
     out().print(f"written: {path}", soft_wrap=True, highlight=False)
 
 
+def _row(one: Tried) -> dict[str, Any]:
+    config = {name: getattr(one.config, name) for name in ("block", "local_window", "mass_target")}
+    kl = {"kl": one.kl.value, "kl_low": one.kl.low, "kl_high": one.kl.high}
+    return {
+        "trial": one.trial,
+        **config,
+        "kv_read": round(one.share, 4),
+        **{name: round(value, 6) for name, value in kl.items()},
+    }

@@ -53,6 +53,7 @@ def complete_kernel(
     ALWAYS_SPLIT: tl.constexpr,
     BLOCK_P: tl.constexpr,
     PART_STRIDE: tl.constexpr,
+    PARTS_ARE_OLDER: tl.constexpr,
     KBAR: tl.constexpr,
     BYPASS: tl.constexpr,
     HITS_ARE_DONE: tl.constexpr,
@@ -61,7 +62,8 @@ def complete_kernel(
     """Merge the parts of one query head, then write its output and its share of the ring row. Grid: ``(B * Hq,)``.
 
     With ``HITS_ARE_DONE`` reused groups were completed before. What precedes ``gdc_wait`` was written before the
-    previous launch passed its own wait, so it may overlap with it.
+    previous launch passed its own wait, so it may overlap with it. With ``PARTS_ARE_OLDER`` that holds for the numbers
+    of the parts, too.
     """
     pid = tl.program_id(0)
     group = pid // GROUP
@@ -106,12 +108,16 @@ def complete_kernel(
         )  # fmt: skip
         inherited = tl.load(ring_seen_ptr + stored // HEAD_DIM, mask=reuse, other=-1)
         seen = tl.where(reuse, inherited, seen)
+    if PARTS_ARE_OLDER:
+        first_part = tl.load(parts_ptr + group * 2)
+        num_parts = tl.load(parts_ptr + group * 2 + 1)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
 
-    first_part = tl.load(parts_ptr + group * 2)
-    num_parts = tl.load(parts_ptr + group * 2 + 1)
+    if not PARTS_ARE_OLDER:
+        first_part = tl.load(parts_ptr + group * 2)
+        num_parts = tl.load(parts_ptr + group * 2 + 1)
     for first in range(0, num_parts, BLOCK_P):
         index = first + tl.arange(0, BLOCK_P)
         at = (first_part + index * PART_STRIDE).to(tl.int64) * GROUP + head

@@ -124,38 +124,50 @@ def scan_kernel(
     BLOCK_E: tl.constexpr,
     BLOCK_H: tl.constexpr,
     SCAN_SPLITS: tl.constexpr,
+    APART: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     ROW_STRIDE: tl.constexpr,
     BYPASS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Grid: ``(B * Hkv * SCAN_SPLITS,)``; the first program of a group also prepares the rows of sinks and band."""
+    """Scan the ring of every kv group, prepare the rows of sinks and band, store the query and its sketch.
+
+    Grid: ``(B * Hkv * SCAN_SPLITS,)``, the first program of a group does all three; with ``APART`` the last two have
+    programs of their own behind those that scan, ``(B * Hkv * (SCAN_SPLITS + 2),)``: quicker, where SMs are idle.
+    """
     pid = tl.program_id(0)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    group = pid // SCAN_SPLITS
-    split = pid % SCAN_SPLITS
+    programs: tl.constexpr = SCAN_SPLITS + 2 if APART else SCAN_SPLITS
+    group = pid // programs
+    split = pid % programs
+    lists = split == (SCAN_SPLITS if APART else 0)
+    stores = split == (SCAN_SPLITS + 1 if APART else 0)
     request = group // NUM_KV_HEADS
     kv_head = group % NUM_KV_HEADS
     position, first_page = position_of(request, begin_ptr, length_ptr, PAGE_SIZE, ROW_STRIDE)
-    if (kv_head == 0) & (split == 0):
-        list_always(
-            request, position, first_page, batch_size, page_ptr, entry_ptr, always_bounds_ptr, entries_begin_ptr,
-            page_units, BAND, SINKS, SPLITS, BLOCK_E, NUM_KV_HEADS, BLOCK_H, PAGE_SIZE,
-        )  # fmt: skip
-    ring, owned = ring_of(request, slots_ptr, generations_ptr, slot_table_ptr, ring_generation_ptr, num_slots)
     q_group = q_ptr + request.to(tl.int64) * stride_qb + kv_head * GROUP * stride_qh
-    if split == 0:
+    if lists:
+        if kv_head == 0:
+            list_always(
+                request, position, first_page, batch_size, page_ptr, entry_ptr, always_bounds_ptr, entries_begin_ptr,
+                page_units, BAND, SINKS, SPLITS, BLOCK_E, NUM_KV_HEADS, BLOCK_H, PAGE_SIZE,
+            )  # fmt: skip
         copy_query(
             q_group, stride_qh, request, kv_head, batch_size, always_q_ptr,
             NUM_KV_HEADS, GROUP, BLOCK_G, HEAD_DIM, BLOCK_D, SPLITS,
         )  # fmt: skip
-    scan_sketch(
-        q_group, stride_qh, cos_sin_ptr, position, ring, owned & (position >= 0),
-        tl.where(ring >= 0, rows_to_search(bypass_ptr, WINDOW, BYPASS), 0), kv_head, split,
-        ring_q_ptr, ring_pos_ptr, ring_sketch_ptr, ring_scale_ptr, sketch_index_ptr, sketch_sign_ptr,
-        scan_ptr + group * WINDOW,
-        BAND, SINKS, WINDOW, BLOCK_W, NUM_KV_HEADS, GROUP, BLOCK_G, HEAD_DIM, BLOCK_D, ROTARY_DIM, INTERLEAVED,
-        TERMS, SKETCH_DIM, BLOCK_T, BLOCK_K, BLOCK_R, SCAN_SPLITS,
-    )  # fmt: skip
+    if not (APART and lists):
+        ring, owned = ring_of(request, slots_ptr, generations_ptr, slot_table_ptr, ring_generation_ptr, num_slots)
+        rows = tl.where(ring >= 0, rows_to_search(bypass_ptr, WINDOW, BYPASS), 0)
+        if APART:
+            rows = tl.where(stores, 0, rows)
+            split = tl.where(stores, 0, split)
+        scan_sketch(
+            q_group, stride_qh, cos_sin_ptr, position, ring, stores & owned & (position >= 0), rows, kv_head, split,
+            ring_q_ptr, ring_pos_ptr, ring_sketch_ptr, ring_scale_ptr, sketch_index_ptr, sketch_sign_ptr,
+            scan_ptr + group * WINDOW,
+            BAND, SINKS, WINDOW, BLOCK_W, NUM_KV_HEADS, GROUP, BLOCK_G, HEAD_DIM, BLOCK_D, ROTARY_DIM, INTERLEAVED,
+            TERMS, SKETCH_DIM, BLOCK_T, BLOCK_K, BLOCK_R, SCAN_SPLITS,
+        )  # fmt: skip

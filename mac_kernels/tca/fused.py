@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -23,7 +25,7 @@ from .config import TcaConfig, far_blocks, far_end
 from .select import FarSet, Selection
 from .triton import compact_kernel, kept_kernel, merge_kernel
 from .triton_prefill import deal_kernel, gather_kernel, prefill_kernel
-from .triton_select import block_kernel, list_kernel, rank_kernel, score_kernel
+from .triton_select import block_kernel, dropped_kernel, list_kernel, rank_kernel, score_kernel
 
 _TILE = 128  # rows that are gathered at once, and the largest query tile
 _SMALLEST = 16  # rows of a tensor core
@@ -89,14 +91,8 @@ def select_and_score(
     blocks = [far_blocks(length - 1, config) for length in kv_len]
     most = max(blocks, default=0)
     # one copy to the device: counts, ends of the windows, ends of the budgets' ranks
-    known = torch.tensor(
-        [
-            [far_count(one, count, config) for count in blocks for one in choice],
-            [0 if one == NUM_SPARSE else far_end(count, config) for count in blocks for one in choice],
-            *zip(*(_rank_ends(one, count, config.block) for count in blocks for one in choice), strict=True),
-        ],
-        dtype=torch.int32,
-    ).to(device, non_blocking=True)
+    sizes = [size for count in blocks for size in _sizes(tuple(choice), count, config)]
+    known = torch.tensor(sizes, dtype=torch.int32).view(groups, -1).T.contiguous().to(device, non_blocking=True)
     far = FarSet(
         torch.empty(batch, heads, config.sinks + most * config.block, dtype=torch.int32, device=device),
         known[0].view(batch, heads),
@@ -132,8 +128,19 @@ def select_and_score(
         _launch(block_kernel, (most, groups), values, num_warps=4)
         _launch(rank_kernel, (triton.cdiv(most, 32), groups), values, num_warps=4, BLOCK_R=32, BLOCK_C=128)
     if groups:
-        _launch(list_kernel, (max(most, 1), groups), values, num_warps=4, BLOCK_C=1024)
+        _launch(list_kernel, (max(most, 1), groups), values, num_warps=1, BLOCK_C=1024)
     return selection, score
+
+
+def dropped_mass(s: torch.Tensor, far: FarSet, *, sinks: int) -> torch.Tensor:
+    """As :func:`mac_kernels.tca.index.dropped_mass`, in one pass over ``s`` and the lists."""
+    batch, heads, tokens = s.shape
+    splits = triton.next_power_of_2(max(1, 8 * _sms(s.device) // max(batch * heads, 1)))
+    left_out = torch.empty(batch, heads, splits, device=s.device)
+    values = {**far_arguments(far), "score_ptr": s, "part_ptr": left_out, "num_tokens": tokens, "SINKS": sinks}
+    if left_out.numel():
+        _launch(dropped_kernel, (splits, batch * heads), values, num_warps=4, SPLITS=splits, BLOCK_E=1024)
+    return left_out.sum(-1).clamp(min=0)
 
 
 def sparse_prefill(
@@ -193,6 +200,7 @@ def sparse_prefill(
         "BLOCK_B": triton.next_power_of_2(batch),
         "BLOCK_M": tile.queries,
         "BLOCK_N": tile.keys,
+        "STAGES": tile.stages,
     }
     _launch(deal_kernel, (triton.cdiv(tiles, 16),), values, num_warps=4, BLOCK_T=16)
     _launch(gather_kernel, (rows // _TILE, groups), values, num_warps=8)
@@ -228,6 +236,7 @@ def sparse_decode(
         "num_programs": programs,
         "BLOCK_GROUPS": triton.next_power_of_2(max(groups, 1)),
         "BLOCK_N": block_n(launch.tile_bytes, values["BLOCK_D"], max(q.element_size(), kv.itemsize)),
+        "UNIT": _SMALLEST,
         "STAGES": launch.stages,
     }
     _launch(kept_kernel, (programs,), values, num_warps=launch.warps)
@@ -282,9 +291,10 @@ class _PrefillTile:
         if device.type == "cuda":
             properties = torch.cuda.get_device_properties(device)
             shared = getattr(properties, "shared_memory_per_block_optin", 48 * 1024)  # PyTorch's stubs lack it
-        rows = (shared - 2048) // (block_d * itemsize)  # of queries, and of keys and values in two stages
-        keys = next((keys for keys in (128, 64, 32) if queries + 4 * keys <= rows), 16)
-        return _PrefillTile(queries, keys, 8 if queries == _TILE else 4, 2)
+        rows = (shared - 2048) // (block_d * itemsize)  # of queries, and of keys and values in every stage
+        keys = next((keys for keys in (64, 32) if queries + 4 * keys <= rows), 16)
+        stages = max(2, min(4, (rows - queries) // (2 * keys)))
+        return _PrefillTile(queries, keys, 8 if queries == _TILE else 4, stages)
 
 
 @dataclass(frozen=True, slots=True)
@@ -303,9 +313,9 @@ class _DecodeLaunch:
 
     @staticmethod
     def of(groups: int, sms: int) -> _DecodeLaunch:
-        """With few groups, larger tiles leave fewer parts to merge."""
+        """With few groups, runs are short: more loads under way at once, and more parts that are merged at once."""
         if groups * 4 <= sms:
-            return _DecodeLaunch(1, 64 * 1024, 8, block_parts=32, merge_warps=4)
+            return _DecodeLaunch(stages=9, block_parts=32, merge_warps=4)
         return _DecodeLaunch()
 
 
@@ -354,13 +364,15 @@ def far_arguments(far: FarSet, *, pool: bool = False) -> _Arguments:
     }
 
 
-def _rank_ends(candidate: int, blocks: int, block: int) -> list[int]:
-    """Number of blocks that keep at least ``block``, ``block / 2``, ... 2 tokens."""
-    ends, reached = [], 0
-    for count in reversed(block_counts(candidate, blocks, block)[1:]):
-        reached += count
-        ends.append(reached)
-    return ends
+@lru_cache(maxsize=4096)
+def _sizes(choice: tuple[int, ...], blocks: int, config: TcaConfig) -> tuple[list[int], ...]:
+    """By kv head: tokens kept, end of the far region, and how many blocks keep at least all, half, ... two tokens."""
+    sizes = []
+    for one in choice:
+        counts = reversed(block_counts(one, blocks, config.block)[1:])
+        end = 0 if one == NUM_SPARSE else far_end(blocks, config)
+        sizes.append([far_count(one, blocks, config), end, *accumulate(counts)])
+    return tuple(sizes)
 
 
 def _launch(

@@ -137,7 +137,7 @@ class MissIndex:
     ) -> None:
         """Replace the far sets of ``rings`` [B] by those that the queries at ``position`` [B] selected."""
         at, width = (layer, rings), min(far.ids.shape[2], self.ids.shape[3])
-        self.ids[..., :width][at] = far.ids[:, :, :width]
+        self.ids[layer, :, :, :width].index_copy_(0, rings.long(), far.ids[:, :, :width])
         self.count[at], self.far_end[at] = far.count, far.far_end
         self.selected[at] = position[:, None].int().expand_as(far.count)
         self.dropped[at] = dropped

@@ -64,17 +64,18 @@ def refresh_index(
     if max(kv_len, default=0) > index.max_context:
         raise InputError(f"a request of {max(kv_len)} tokens is longer than max_context={index.max_context}; raise it")
     config, ring = index.config, rings.lookup(slots, generations)
-    after, s = _select(q, kv, kv_len, index.choices[layer], config, sm_scale, logits_soft_cap)
-    before = index.far(layer, ring)
-    of_before, of_after = (dropped_mass(s, far, sinks=config.sinks) for far in (before, after))
-    dropped = torch.where(before.count > 0, of_before, of_after)
+    before, choice = index.far(layer, ring), index.choices[layer]
+    after, dropped = _select(
+        q, kv, kv_len, choice, before, config=config, sm_scale=sm_scale, logits_soft_cap=logits_soft_cap
+    )
     rings.counters.add_scan(layer, kv.table.kv_len(), kv.layout.num_kv_heads)
 
     own = ring >= 0
     ring, dropped = ring[own], dropped[own]
     _void(rings, layer, ring, torch.where(dropped > index.limit, index.selected[layer, ring], -1))
     position = torch.tensor(kv_len, device=q.device)[own] - 1
-    index.store(layer, ring, FarSet(after.ids[own], after.count[own], after.far_end[own]), position, dropped)
+    ids = after.ids[:, :, : index.ids.shape[3]]
+    index.store(layer, ring, FarSet(ids[own], after.count[own], after.far_end[own]), position, dropped)
 
 
 def _select(
@@ -82,21 +83,34 @@ def _select(
     kv: PagedKV,
     kv_len: Sequence[int],
     choice: Sequence[int],
+    before: FarSet,
+    *,
     config: TcaConfig,
     sm_scale: float,
     logits_soft_cap: float,
 ) -> tuple[FarSet, torch.Tensor]:
-    """Far sets, and the importance [B, Hkv, N] of the tokens from the sinks on; by the reference without a kernel."""
-    if _on_kernels(q.device):
+    """What is kept from now on, and the attention [B, Hkv] that the sets ``before`` drop, or without one the new ones.
+
+    By the reference where there is no kernel.
+    """
+    options = {"sm_scale": sm_scale, "logits_soft_cap": logits_soft_cap}
+    dropped = dropped_mass
+    if _on_kernels(q.device) and not _reasons(kv, config):
         from . import fused  # imports triton
 
-        if not fused.unsupported_reasons(kv.layout, config):
-            selection, s = fused.select_and_score(
-                q, kv, kv_len, choice, config=config, sm_scale=sm_scale, logits_soft_cap=logits_soft_cap
-            )
-            return selection.far, s
-    s = importance(q, kv, sm_scale=sm_scale, logits_soft_cap=logits_soft_cap)
-    return select_far(s, kv_len, choice, config=config).far, s[:, :, config.sinks :]
+        selection, s = fused.select_and_score(q, kv, kv_len, choice, config=config, **options)
+        after, dropped = selection.far, fused.dropped_mass
+    else:
+        s = importance(q, kv, **options)
+        after, s = select_far(s, kv_len, choice, config=config).far, s[:, :, config.sinks :]
+    of_before, of_after = (dropped(s, far, sinks=config.sinks) for far in (before, after))
+    return after, torch.where(before.count > 0, of_before, of_after)
+
+
+def _reasons(kv: PagedKV, config: TcaConfig) -> tuple[str, ...]:
+    from . import fused  # imports triton
+
+    return fused.unsupported_reasons(kv.layout, config)
 
 
 def _on_kernels(device: torch.device) -> bool:

@@ -50,19 +50,17 @@ def log2_weights(products, logit_scale, soft_cap, SOFT_CAP: tl.constexpr):
 
 @triton.jit
 def wins_in_block(score_ptr, keep, KEEP_BLOCK: tl.constexpr):
-    """Which of the scores [KEEP_BLOCK] are among the ``keep`` largest, the earlier of equals first."""
-    BLOCK_C: tl.constexpr = min(KEEP_BLOCK, 4096 // KEEP_BLOCK)  # rivals at once: what fits into registers
-    token = tl.arange(0, KEEP_BLOCK)
-    score = tl.load(score_ptr + token)
-    rank = tl.zeros([KEEP_BLOCK], tl.int32)
-    for first in range(0, KEEP_BLOCK, BLOCK_C):
-        rival = first + tl.arange(0, BLOCK_C)
-        theirs = tl.load(score_ptr + rival)
-        ahead = (theirs[None, :] > score[:, None]) | (
-            (theirs[None, :] == score[:, None]) & (rival[None, :] < token[:, None])
-        )
-        rank += tl.sum(ahead.to(tl.int32), 1)
-    return rank < keep
+    """Which of the scores [KEEP_BLOCK], none below 0, are among the ``keep`` largest, the earlier of equals first."""
+    # bits of such numbers are ordered as they are: the smallest that wins is found bit by bit
+    score = tl.load(score_ptr + tl.arange(0, KEEP_BLOCK)).to(tl.int32, bitcast=True)
+    least = 0
+    for turn in range(31):
+        higher = least | (1 << (30 - turn))
+        least = tl.where(tl.sum((score >= higher).to(tl.int32), 0) >= keep, higher, least)
+    above = score > least
+    ties = score == least
+    left = keep - tl.sum(above.to(tl.int32), 0)
+    return above | (ties & (tl.cumsum(ties.to(tl.int32), 0) <= left))
 
 
 @triton.jit
@@ -160,13 +158,15 @@ def kept_kernel(
     ROW_STRIDE: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    UNIT: tl.constexpr,
     BLOCK_GROUPS: tl.constexpr,
     STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Attend every kv group to its far tokens, then to its window. Grid: ``(num_programs,)``, fixed.
 
-    Runs and parts are those of :func:`mac_kernels.attend.triton.rest_kernel`.
+    Runs and parts are those of :func:`mac_kernels.attend.triton.rest_kernel`, in units of fewer tokens than a tile:
+    with few tiles per program, whole ones would leave some of them waiting for the others.
     """
     program = tl.program_id(0)
     if PDL:
@@ -179,17 +179,17 @@ def kept_kernel(
     count_all = tl.load(count_ptr + set_all, mask=has_far, other=0)
     window_all = tl.load(far_end_ptr + set_all, mask=has_far, other=0)
     entries_all = length_all - window_all + count_all
-    tiles = tiles_of(0, entries_all, BLOCK_N)
-    ends = tl.cumsum(tiles, 0)
-    total = tl.sum(tiles, 0)
+    units = tiles_of(0, entries_all, UNIT)
+    ends = tl.cumsum(units, 0)
+    total = tl.sum(units, 0)
     run = run_begin(program, total, num_programs)
     run_end = run_begin(program + 1, total, num_programs)
     if program == 0:
-        begins = ends - tiles
+        begins = ends - units
         first = program_of(begins, total, num_programs)
         last = program_of(ends - 1, total, num_programs)
         tl.store(parts_ptr + groups * 2, first + groups, mask=known)
-        tl.store(parts_ptr + groups * 2 + 1, tl.where(tiles > 0, last - first + 1, 0), mask=known)
+        tl.store(parts_ptr + groups * 2 + 1, tl.where(units > 0, last - first + 1, 0), mask=known)
 
     head = tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, BLOCK_D)
@@ -198,10 +198,10 @@ def kept_kernel(
     while run < run_end:
         group = tl.sum((ends <= run).to(tl.int32), 0)
         own = groups == group
-        end_tile = tl.sum(tl.where(own, ends, 0), 0)
-        begin_tile = end_tile - tl.sum(tl.where(own, tiles, 0), 0)
+        end = tl.sum(tl.where(own, ends, 0), 0)
+        begin = end - tl.sum(tl.where(own, units, 0), 0)
         entries = tl.sum(tl.where(own, entries_all, 0), 0)
-        stop_tile = tl.minimum(end_tile, run_end)
+        stop = tl.minimum(end, run_end)
         far_set = tl.sum(tl.where(own, set_all, 0), 0).to(tl.int64)
         count = tl.sum(tl.where(own, count_all, 0), 0)
         window = tl.sum(tl.where(own, window_all, 0), 0)
@@ -210,7 +210,7 @@ def kept_kernel(
         q_group = q_ptr + request.to(tl.int64) * stride_qb + kv_head * GROUP * stride_qh
         q = tl.load(q_group + head[:, None] * stride_qh + offs_d[None, :], mask=mask, other=0.0)
         out, lse = attend_kept(
-            q, (run - begin_tile) * BLOCK_N, tl.minimum((stop_tile - begin_tile) * BLOCK_N, entries),
+            q, (run - begin) * UNIT, tl.minimum((stop - begin) * UNIT, entries),
             count, window, ids_ptr + far_set * capacity,
             k_ptr + kv_head.to(tl.int64) * stride_kh, v_ptr + kv_head.to(tl.int64) * stride_vh,
             page_ptr + first_entry(request, begin_ptr, ROW_STRIDE),
@@ -221,7 +221,7 @@ def kept_kernel(
         part = (program + group).to(tl.int64) * GROUP + head
         tl.store(part_out_ptr + part[:, None] * HEAD_DIM + offs_d[None, :], out, mask=mask)
         tl.store(part_lse_ptr + part, lse, mask=mask_h)
-        run = stop_tile
+        run = stop
 
 
 @triton.jit

@@ -118,6 +118,38 @@ def deal_kernel(
     tl.store(to + 1, index * BLOCK_M - shift, mask=tile < num_tiles)
 
 
+@triton.jit
+def fold_rows(
+    q,  # [BLOCK_M, BLOCK_D]
+    row_max,  # of the logits in base 2, as row_sum and acc [BLOCK_M, BLOCK_D] are of their weights
+    row_sum,
+    acc,
+    k,  # [BLOCK_N, BLOCK_D]
+    v,
+    last,  # [BLOCK_M] the last of the keys that a row sees
+    logit_scale,
+    soft_cap,
+    BLOCK_N: tl.constexpr,
+    SOFT_CAP: tl.constexpr,
+    PRECISION: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Fold a tile of keys and values into a running state; without ``MASKED`` every row sees all of them."""
+    logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    scale = logit_scale
+    if SOFT_CAP:
+        logits = log2_weights(logits, logit_scale, soft_cap, SOFT_CAP)
+        scale = 1.0
+    if MASKED:
+        logits = tl.where(tl.arange(0, BLOCK_N)[None, :] <= last[:, None], logits, float("-inf"))
+    new_max = tl.maximum(row_max, tl.max(logits, 1) * scale)
+    weight = tl.exp2(logits * scale - new_max[:, None])
+    decay = tl.exp2(row_max - new_max)
+    row_sum = row_sum * decay + tl.sum(weight, 1)
+    acc = tl.dot(weight.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION)
+    return new_max, row_sum, acc
+
+
 @triton.jit(do_not_specialize=["num_prefixes", "far_rows", "rows"])
 def prefill_kernel(
     q_ptr,
@@ -154,10 +186,12 @@ def prefill_kernel(
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Attend with one tile of queries of one head. Grid: ``(tiles * Hq,)``, the heads of a tile side by side.
 
-    One loop runs over the far tokens and then over the window; only the last tile of each part is masked.
+    One loop runs over the tiles that all queries see in full, of the far tokens and then of the window; another one,
+    which masks, over what is left of both.
     """
     pid = tl.program_id(0)
     head = pid % NUM_QO_HEADS
@@ -178,36 +212,34 @@ def prefill_kernel(
     blocks = tl.where(tl.load(count_ptr + group) > 0, far_blocks(first, SINKS, KEEP_BLOCK, LOCAL), 0)
     far = tl.load(prefix_ptr + group.to(tl.int64) * num_prefixes + blocks)
     window = tl.where(blocks > 0, SINKS + blocks * KEEP_BLOCK, 0)
-    far_tiles = tl.cdiv(far, BLOCK_N)
-    seen_by_all = first + 1 - window
-    tiles = far_tiles + tl.cdiv(tl.minimum(first + BLOCK_M, newest + 1) - window, BLOCK_N)
-    seen = tl.maximum(position, 0) - window  # a tile may begin before the first token
-    base = group * rows
+    far_whole = far // BLOCK_N
+    window_whole = tl.maximum(first + 1 - window, 0) // BLOCK_N  # a tile may begin before the first token
+    whole = tl.where(given, far_whole + window_whole, 0)
+    far_rest = tl.cdiv(far, BLOCK_N) - far_whole
+    window_rest = tl.cdiv(tl.minimum(first + BLOCK_M, newest + 1) - window, BLOCK_N) - window_whole
+    rest = tl.where(given, far_rest + window_rest, 0)
+    seen = tl.maximum(position, 0) - window
+    from_far = group * rows
+    from_window = from_far + far_rows + window
     logit_scale *= scale_of(k_scale, SCALES_ON_DEVICE)
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for tile in range(0, tl.where(given, tiles, 0)):
-        is_far = tile < far_tiles
-        start = tl.where(is_far, tile, tile - far_tiles) * BLOCK_N
-        row = base + tl.where(is_far, start, far_rows + window + start)
+    for tile in tl.range(0, whole, num_stages=STAGES):
+        row = tl.where(tile < far_whole, from_far, from_window - far_whole * BLOCK_N) + tile * BLOCK_N
+        row_max, row_sum, acc = fold_rows(
+            q, row_max, row_sum, acc, k_desc.load([row, 0]), v_desc.load([row, 0]), seen, logit_scale, soft_cap,
+            BLOCK_N, SOFT_CAP, PRECISION, False,
+        )  # fmt: skip
+    for tile in tl.range(0, rest, num_stages=1):
+        is_far = tile < far_rest
+        start = tl.where(is_far, far_whole, window_whole + tile - far_rest) * BLOCK_N
+        row = tl.where(is_far, from_far, from_window) + start
         last = tl.where(is_far, far - 1, seen) - start
-        k = k_desc.load([row, 0])
-        logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        scale = logit_scale
-        if SOFT_CAP:
-            logits = log2_weights(logits, logit_scale, soft_cap, SOFT_CAP)
-            scale = 1.0
-        if start + BLOCK_N > tl.where(is_far, far, seen_by_all):
-            logits = tl.where(tl.arange(0, BLOCK_N)[None, :] <= last[:, None], logits, float("-inf"))
-        new_max = tl.maximum(row_max, tl.max(logits, 1) * scale)
-        weight = tl.exp2(logits * scale - new_max[:, None])
-        decay = tl.exp2(row_max - new_max)
-        row_sum = row_sum * decay + tl.sum(weight, 1)
-        acc = acc * decay[:, None]
-        v = v_desc.load([row, 0])
-        acc = tl.dot(weight.to(v.dtype), v, acc, input_precision=PRECISION)
-        row_max = new_max
+        row_max, row_sum, acc = fold_rows(
+            q, row_max, row_sum, acc, k_desc.load([row, 0]), v_desc.load([row, 0]), last, logit_scale, soft_cap,
+            BLOCK_N, SOFT_CAP, PRECISION, True,
+        )  # fmt: skip
 
     out = acc * (scale_of(v_scale, SCALES_ON_DEVICE) / row_sum)[:, None]
     at = index.to(tl.int64) * NUM_QO_HEADS + head

@@ -227,3 +227,38 @@ def list_kernel(
         token = SINKS + block * KEEP_BLOCK + tl.arange(0, KEEP_BLOCK)
         tl.store(listed + place + tl.cumsum(wins.to(tl.int32), 0) - 1, token, mask=wins)
         tl.store(prefix_ptr + group.to(tl.int64) * (most_blocks + 1) + block + 1, place + keep)
+
+
+@triton.jit(do_not_specialize=["num_tokens", "capacity"])
+def dropped_kernel(
+    score_ptr,
+    ids_ptr,
+    count_ptr,
+    far_end_ptr,
+    part_ptr,
+    num_tokens,
+    capacity,
+    SINKS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    """Importance of one part of a far region, without that of one part of what is listed. Grid: ``(SPLITS, B * Hkv)``.
+
+    ``score_ptr`` [B * Hkv, num_tokens] begins after the sinks.
+    """
+    split = tl.program_id(0)
+    group = tl.program_id(1)
+    count = tl.load(count_ptr + group)
+    tokens = tl.where(count > 0, tl.minimum(tl.load(far_end_ptr + group) - SINKS, num_tokens), 0)
+    listed = tl.where(count > 0, count - SINKS, 0)
+    scores = score_ptr + group.to(tl.int64) * num_tokens
+    ids = ids_ptr + group.to(tl.int64) * capacity + SINKS
+    left_out = tl.zeros([BLOCK_E], tl.float32)
+    for first in range(split * BLOCK_E, tokens, SPLITS * BLOCK_E):
+        token = first + tl.arange(0, BLOCK_E)
+        left_out += tl.load(scores + token, mask=token < tokens, other=0.0)
+    for first in range(split * BLOCK_E, listed, SPLITS * BLOCK_E):
+        entry = first + tl.arange(0, BLOCK_E)
+        token = tl.load(ids + entry, mask=entry < listed, other=0) - SINKS
+        left_out -= tl.load(scores + token, mask=(entry < listed) & (token < num_tokens), other=0.0)
+    tl.store(part_ptr + group * SPLITS + split, tl.sum(left_out, 0))

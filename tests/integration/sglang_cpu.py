@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import functools
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ import torchvision_ops  # noqa: F401  # imported for what it registers
 
 
 def _work_around() -> None:
+    import torch
     from sglang.srt.layers.rotary_embedding import base
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
@@ -25,6 +28,18 @@ def _work_around() -> None:
     # 0.5.17 decides by the backend's name whether its Triton helpers can run
     HookRegistry.register("sglang.srt.utils.common.support_triton", lambda original, name: False, HookType.AROUND)
     HookRegistry.apply_hooks()
+    # LoRA's layers pin what they copy to a GPU
+    torch.Tensor.pin_memory = lambda tensor, device=None: tensor
+    torch.tensor, torch.zeros = _unpinned(torch.tensor), _unpinned(torch.zeros)
+
+
+def _unpinned(create: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(create)
+    def call(*args: Any, pin_memory: bool = False, **options: Any) -> Any:
+        del pin_memory
+        return create(*args, **options)
+
+    return call
 
 
 def _count_into(path: Path) -> None:

@@ -78,6 +78,22 @@ def save_model(folder: Path) -> None:
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
 
 
+def save_adapter(folder: Path) -> None:
+    """A LoRA adapter of that model which changes its tokens."""
+    from safetensors.torch import save_file
+
+    torch.manual_seed(1)
+    weights = {}
+    for layer in range(2):
+        for name, width in (("q_proj", 64), ("v_proj", 32)):
+            part = f"base_model.model.model.layers.{layer}.self_attn.{name}"
+            weights[f"{part}.lora_A.weight"] = 0.2 * torch.randn(4, 64)
+            weights[f"{part}.lora_B.weight"] = 0.2 * torch.randn(width, 4)
+    save_file(weights, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "bias": "none"}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+
+
 class Engines:
     """Runs each of them once and keeps the results; ``model`` is the folder of the model."""
 

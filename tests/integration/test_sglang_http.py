@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
-from sglang_engines import VOCAB, save_model
+from sglang_engines import VOCAB, save_adapter, save_model
 
 from mac_sglang.client import Reply, Server, open_session
 
@@ -33,10 +33,11 @@ CONFIG = {
 ARGUMENTS = (
     "--served-model-name tiny --skip-tokenizer-init --device cpu --attention-backend mac --sampling-backend pytorch "
     "--disable-cuda-graph --max-total-tokens 4096 --max-running-requests 4 --context-length 512 --dtype float32 "
-    "--chunked-prefill-size 64 --random-seed 1 --enable-metrics --sleep-on-idle"
+    "--chunked-prefill-size 64 --random-seed 1 --enable-metrics --sleep-on-idle "
+    "--enable-lora --max-lora-rank 4 --lora-target-modules q_proj v_proj --lora-backend torch_native"
 )
 DRAW = random.Random(0)
-PROMPT, OTHER, THIRD, FOURTH = ([DRAW.randrange(3, VOCAB) for _ in range(n)] for n in (100, 120, 80, 90))
+PROMPT, OTHER, THIRD, FOURTH, FIFTH = ([DRAW.randrange(3, VOCAB) for _ in range(n)] for n in (100, 120, 80, 90, 95))
 T = TypeVar("T")
 
 
@@ -205,6 +206,44 @@ def test_new_weights_leave_no_ring_and_no_snapshot(url: str) -> None:
     again = generate(url, [*FOURTH, *first.output_ids, 5])
     after = metrics(url)
     assert again.meta["cached_tokens"] >= len(FOURTH)
+    assert after["mac_snapshot_events_total hits"] == before["mac_snapshot_events_total hits"]
+    assert after["mac_rings_in_use"] == 1
+
+
+def test_adapters_leave_no_snapshot_and_share_none(url: str, tmp_path: Path) -> None:
+    async def post(server: Server, path: str, **body: str) -> None:
+        async with server._request("POST", path, json={"lora_name": "adapter", **body}) as response:
+            assert (await response.json())["success"]
+
+    save_adapter(tmp_path)
+    plain = generate(url, FIFTH)
+    assert metrics(url)["mac_snapshot_bytes"] > 0
+    ask(url, lambda server: post(server, "/load_lora_adapter", lora_path=str(tmp_path)))
+    assert (before := metrics(url))["mac_snapshot_bytes"] == 0
+    generate(url, [*FIFTH, 5])  # so that there is a snapshot of these tokens without the adapter
+    adapted = generate(url, FIFTH, lora_path="adapter")
+    after = metrics(url)
+    assert adapted.meta["cached_tokens"] == 0 and adapted.output_ids != plain.output_ids
+    assert after["mac_snapshot_events_total hits"] == before["mac_snapshot_events_total hits"]
+    generate(url, [*FIFTH, 6], lora_path="adapter")
+    assert metrics(url)["mac_snapshot_events_total hits"] == after["mac_snapshot_events_total hits"] + 1
+    ask(url, lambda server: post(server, "/unload_lora_adapter"))
+    assert metrics(url)["mac_snapshot_bytes"] == 0
+
+
+def test_sleep_leaves_no_ring_and_no_snapshot(url: str) -> None:
+    async def post(server: Server, path: str) -> None:
+        async with server._request("POST", path, json={"tags": ["kv_cache"]}):
+            pass
+
+    first = generate(url, FOURTH)
+    assert (before := metrics(url))["mac_snapshot_bytes"] > 0
+    ask(url, lambda server: post(server, "/release_memory_occupation"))
+    ask(url, lambda server: post(server, "/resume_memory_occupation"))
+    assert metrics(url)["mac_snapshot_bytes"] == 0
+    again = generate(url, [*FOURTH, *first.output_ids, 5])
+    after = metrics(url)
+    assert again.meta["cached_tokens"] == 0
     assert after["mac_snapshot_events_total hits"] == before["mac_snapshot_events_total hits"]
     assert after["mac_rings_in_use"] == 1
 

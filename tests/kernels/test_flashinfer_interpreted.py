@@ -136,7 +136,7 @@ class TestTiles:
         lengths = torch.full((6, heads), 100)
         lengths[3, heads - 1] = 126_000
         _, chunks = dealt(lengths, tiles=most_tiles(6, heads, 24), programs=24)
-        assert chunks[3][heads - 1] == least
+        assert chunks[3][heads - 1] in (least, least + 1)
 
     def test_misses_of_several_heads_share_rows(self) -> None:
         """Six lone misses get four blocks each, which together are more chunks than there are rows."""

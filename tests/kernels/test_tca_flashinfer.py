@@ -11,13 +11,15 @@ from typing import Any
 
 import pytest
 import torch
-from test_tca import BF16, DEVICE, FP16, INTERPRETED, Shape, assert_state, decoding, queries, small, view
+from test_tca import BF16, DEVICE, FP16, INTERPRETED, Shape, decoding, queries, small, view
 
 from mac_kernels import HeadLayout, PagedKV, UnsupportedError, tca
 from mac_kernels.tca import TcaConfig, flashinfer
 from mac_kernels.tca.config import far_end
+from mac_kernels.tca.reference import kept_mask
 from mac_kernels.testing.conformance.batch import poisoned_empty
-from mac_kernels.types import LOG2_E
+from mac_kernels.testing.tolerances import assert_close
+from mac_kernels.types import LOG2_E, AttnState
 
 pytestmark = (
     []
@@ -86,6 +88,22 @@ class ModelWrapper:
             out[row] = (logits.softmax(-1) @ v * v_scale).to(out.dtype)
 
 
+def assert_decoded(got: AttnState, q: torch.Tensor, kv: PagedKV, far: tca.FarSet, shape: Shape) -> None:
+    """As the reference decodes; FlashInfer adds up weights that are rounded to the dtype of the queries."""
+    want = tca.sparse_decode(q, kv, far, **shape.options)
+    assert_close("output", got.out, want.out.to(shape.dtype), want.out.double(), dtype=shape.dtype)
+    kv_len, group = kv.table.kv_len(), shape.layout.group_size
+    length = int(kv_len.max())
+    k, _ = kv.gather(torch.zeros_like(kv_len), length)
+    logits = torch.einsum("bhd,blhd->bhl", q.float(), k.repeat_interleave(group, 2)) * shape.options["sm_scale"]
+    logits = shape.cap * torch.tanh(logits / shape.cap) if shape.cap > 0 else logits
+    kept = kept_mask(far.of_batch(), kv_len, length).repeat_interleave(group, 1)
+    logits = (logits * LOG2_E).masked_fill(~kept, -torch.inf)
+    top = logits.amax(-1)
+    weights = torch.exp2(logits - top.clamp(min=-1e30)[..., None]).to(shape.dtype).float()
+    assert_close("lse2", got.lse2, weights.sum(-1).log2() + top, want.lse2.double(), dtype=torch.float32)
+
+
 @pytest.fixture(autouse=True)
 def wrapper(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     if INTERPRETED:
@@ -106,7 +124,7 @@ def test_decode_with_compaction(shape: Shape) -> None:
         tca.compact(q, kv, far, keep, config=config, **shape.options)
         with poisoned_empty():
             got = flashinfer.sparse_decode(q, kv, far, **shape.options)
-        assert_state(got, tca.sparse_decode(q, kv, far, **shape.options), shape.dtype)
+        assert_decoded(got, q, kv, far, shape)
     assert far.far_end[:2, 0].tolist() == [far_end(3, config), far_end(1, config)]
 
 
@@ -118,7 +136,7 @@ def test_a_request_without_tokens_has_no_weight() -> None:
     q, kv = queries(shape, len(lengths)), view(shape, store, lengths)
     got = flashinfer.sparse_decode(q, kv, far, **shape.options)
     assert not got.out[3].any() and bool((got.lse2[3] == -torch.inf).all())
-    assert_state(got, tca.sparse_decode(q, kv, far, **shape.options), shape.dtype)
+    assert_decoded(got, q, kv, far, shape)
 
 
 def test_far_sets_of_a_pool() -> None:
@@ -128,8 +146,7 @@ def test_far_sets_of_a_pool() -> None:
     sets = torch.tensor([2, -1, 0, 3], dtype=torch.int32, device=DEVICE)
     q, kv = queries(shape, len(lengths)), view(shape, store, lengths)
     pooled = tca.FarSet(*(part[[2, 1, 0, 3]].contiguous() for part in (far.ids, far.count, far.far_end)), sets)
-    got, want = (run.sparse_decode(q, kv, pooled, **shape.options) for run in (flashinfer, tca))
-    assert_state(got, want, shape.dtype)
+    assert_decoded(flashinfer.sparse_decode(q, kv, pooled, **shape.options), q, kv, pooled, shape)
     assert int(far.count[0, 0]) > 0 and torch.equal(pooled.of_batch().count[0], far.count[0])
 
 

@@ -159,6 +159,18 @@ def test_measured_curves_are_reproduced_and_read_from_the_benchmark_table() -> N
         curves_in(Path(__file__), LAYOUT) or curves_in(Path("/nowhere.csv"), LAYOUT)
 
 
+def test_the_curve_of_the_nearest_window_and_band_serves() -> None:
+    curves = [
+        Curve(1, 4096, window, band, ((0.0, us), (1.0, us))) for window, band, us in ((512, 256, 20), (1024, 512, 30))
+    ]
+    model = latency_model(LAYOUT, H100, curves, ())
+    assert model.buckets == ((1, 4096),)
+    for window, band, us in ((512, 256, 20), (256, 256, 20), (512, 128, 20), (1024, 512, 30), (1024, 256, 20)):
+        config = MacConfig(window=window, band=band)
+        got = model.step_us(config, Reads(1.0, 64 + band + 4), 1, 4096)
+        assert got == pytest.approx(us, abs=0.7), (window, band)
+
+
 def test_other_backends_and_configs_of_the_table_are_left_out(tmp_path: Path) -> None:
     with RESULTS.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))

@@ -312,3 +312,17 @@ def test_kl_is_compared_where_both_read_as_much() -> None:
     assert [found.value, found.low, found.high] == pytest.approx([0.5] * 3, rel=1e-4)
     assert equal_read_ratio(result, "beyond", ["high", "low"], slice(0, 1)) is None
     assert equal_read_ratio(result, "between", ["high"], slice(0, 1)) is None
+
+
+def test_beyond_the_end_of_a_curve_a_resample_is_compared_with_the_end() -> None:
+    rng = torch.Generator().manual_seed(0)
+    read = torch.tensor([1.0, 0.2, 0.2001, 0.20005]).expand(120, 1, 4)[..., None].clone()
+    read[:, :, 3] += 0.02 * torch.randn(120, 1, 1, generator=rng)  # some resamples read less or more than both
+    read[:, :, 3] += 0.20005 - read[:, :, 3].mean()
+    kl = torch.tensor([0.0, 0.04, 0.02, 0.01]).expand(120, 4)[..., None]
+    zeros = torch.zeros(120, 4, 1)
+    names = ("full", "less", "more", "other")
+    result = Comparison(names, kl, zeros == 0, zeros, torch.zeros(121, 4, 1), zeros, read, read, read, read)
+    found = equal_read_ratio(result, "other", ["less", "more"], slice(0, 1))
+    assert found is not None
+    assert [found.low, found.high] == pytest.approx([0.25, 0.5], rel=1e-3)

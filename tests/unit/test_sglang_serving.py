@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import OrderedDict
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from mac_kernels import ConfigError, HeadLayout, RingPool
+from mac_kernels import ConfigError, HeadLayout, MacConfig, RingPool, tuned
 from mac_kernels.rope import Rope
 from mac_sglang import backend, compat, mac_serving
 from mac_sglang.backend import METHODS, ServedAttention
@@ -65,6 +66,32 @@ def prefill(slot: int, rid: str) -> BatchRow:
 def test_a_budget_that_holds_no_ring_is_refused_with_the_setting(site: Site, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no ring fits: one takes .* raise serving\.ring_memory_gb .*mac\.window"):
         start(site, tmp_path, ring_memory_gb=0.9 * RING / GIB)
+
+
+def test_the_policy_of_the_model_serves_without_a_flag(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    score = tuned.Score(value=0.8, low=0.7, high=0.9, unit="of the preset", n=3)
+    facts = tuned.Provenance(
+        gpu="g", driver="d", versions={}, study="s", trial=1, basis="measured", date="2026-11-22", command="c"
+    )
+    file = tuned.PolicyFile(
+        key=compat.model_key(site.runner),
+        coverage=tuned.Coverage(batch=(1, 96), context=(16, 96)),
+        preset="careful",
+        config=MacConfig(**MAC),
+        scores={"latency_ratio": score},
+        provenance=facts,
+    )
+    path = tuned.save(file, tmp_path)
+    monkeypatch.setenv("MAC_KERNELS_CONFIG", str(tmp_path))
+    assert mac_serving.start(site).rings.window == WINDOW
+    path.write_text(path.read_text().replace('"band"', '"bamd"'))
+    with pytest.raises(ConfigError, match=rf"{re.escape(str(path))}.*bamd.*did you mean 'band'"):
+        mac_serving.start(site)
+    path.unlink()
+    (tmp_path / "config.json").write_text('{"schema": 1}')
+    assert mac_serving.start(site).rings.window == MacConfig().window
 
 
 def test_misses_that_would_read_selected_tokens_are_refused(site: Site, tmp_path: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import datetime
+import itertools
 import os
 import signal
 import subprocess
@@ -34,7 +36,8 @@ class FakeLatency:
     metrics = ("latency", "divergence")
 
     def __init__(self, log: Path, *, delay_s: float = 0.0, noisy: bool = False) -> None:
-        self._space, self._log, self._delay_s, self.noisy = LaunchSpace(LaunchParams()), log, delay_s, noisy
+        self._space = LaunchSpace(LaunchParams(), front=False)
+        self._log, self._delay_s, self.noisy = log, delay_s, noisy
 
     def params(self) -> dict[str, Any]:
         return self._space.params()
@@ -86,7 +89,7 @@ def trials_of(journal: Path) -> list[Any]:
 
 def test_trial_0_is_the_default_and_trials_count_in_all(tmp_path: Path) -> None:
     study = run(tmp_path, 5)
-    assert study.trials[0].params == LaunchSpace(LaunchParams()).params()
+    assert study.trials[0].params == LaunchSpace(LaunchParams(), front=False).params()
     assert finished(study) == 5 and finished(run(tmp_path, 5)) == 5 and finished(run(tmp_path, 8)) == 8
 
 
@@ -152,11 +155,11 @@ def test_a_worker_that_died_before_its_first_word_leaves_the_default_to_the_next
     monkeypatch.setattr("mac_autotune.study._SIGNING_TIME", datetime.timedelta(seconds=1))
     plan = StudyPlan(name="fake", storage=str(tmp_path / "fake.journal"))
     study = open_study(plan, FakeLatency.metrics)
-    study.enqueue_trial(LaunchSpace(LaunchParams()).params())
+    study.enqueue_trial(LaunchSpace(LaunchParams(), front=False).params())
     study.ask()
     after = run(tmp_path, 3).trials
     assert [trial.state for trial in after[:1]] == [TrialState.FAIL]
-    assert after[1].state in DONE and after[1].params == LaunchSpace(LaunchParams()).params()
+    assert after[1].state in DONE and after[1].params == LaunchSpace(LaunchParams(), front=False).params()
 
 
 def test_a_point_that_kills_its_worker_is_tried_twice_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,7 +195,7 @@ def test_two_workers_share_one_study(tmp_path: Path) -> None:
     assert lines(log) == len(complete), "every complete trial was measured once"
     workers = collections.Counter(line.split()[0] for line in log.read_text().splitlines())
     assert len(workers) == 2
-    assert sum(trial.params == LaunchSpace(LaunchParams()).params() for trial in trials[:2]) >= 1
+    assert sum(trial.params == LaunchSpace(LaunchParams(), front=False).params() for trial in trials[:2]) >= 1
 
 
 def test_a_point_without_noise_is_measured_once(tmp_path: Path) -> None:
@@ -244,27 +247,37 @@ def test_every_sampled_point_is_legal(data: Any) -> None:
         def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float:
             return float(data.draw(st.floats(low, high)))
 
-    assert launch_problems(LaunchSpace(LaunchParams()).suggest(Drawing())) == []
+    assert launch_problems(LaunchSpace(LaunchParams(), data.draw(st.booleans())).suggest(Drawing())) == []
     config = PolicySpace(PRESETS["careful"]).suggest(Drawing())  # raises ConfigError if it is not legal
     assert config.influence is not None and config.correction and config.min_context == 2048
 
 
 def test_the_space_holds_every_field_and_every_default() -> None:
-    assert set(LAUNCH_CHOICES) == set(LaunchSpace(LaunchParams()).params())
-    assert set(LAUNCH_CHOICES) == {name for fields in KERNELS.values() for name in fields} | {"programs_per_sm"}
-    for groups in (1, 8, 40, 128, 500, 1024):
-        default = LaunchSpace(default_launch(groups, MacConfig(), num_sms=132)).params()
+    spaces = [LaunchSpace(LaunchParams(), front).params() for front in (True, False)]
+    assert set(LAUNCH_CHOICES) == {*spaces[0], *spaces[1]} == {field.name for field in dataclasses.fields(LaunchParams)}
+    for groups, front in itertools.product((1, 8, 40, 128, 500, 1024), (True, False)):
+        default = LaunchSpace(default_launch(groups, MacConfig(), num_sms=132), front).params()
         assert {name: value for name, value in default.items() if value not in LAUNCH_CHOICES[name]} == {}
     for preset in ("careful", "balanced", "fast"):
         space = PolicySpace(PRESETS[preset])
         assert space.build(space.params()) == PRESETS[preset]
 
 
-def test_variants_hold_every_variant_of_every_kernel() -> None:
-    found = variants()
+@pytest.mark.parametrize("front", [True, False])
+def test_variants_hold_every_variant_of_every_kernel(front: bool) -> None:
+    default = default_launch(8, MacConfig(), num_sms=132)
+    found = variants(LaunchSpace(default, front))
+    varied = set(LaunchSpace(default, front).params())
     for fields in KERNELS.values():
-        seen = {tuple(getattr(launch, name) for name in fields) for launch in found}
-        expected = 1
-        for name in fields:
-            expected *= len(LAUNCH_CHOICES[name])
-        assert len(seen) == expected, fields
+        if set(fields) <= varied:
+            seen = {tuple(getattr(launch, name) for name in ("splits", *fields)) for launch in found}
+            every = itertools.product(*(LAUNCH_CHOICES[name] for name in fields))
+            splits = {default.splits} if front else LAUNCH_CHOICES["splits"]
+            wanted = set(itertools.product(splits, every))
+            if front:  # without the front its warps say nothing
+                seen = {point for point in seen if fields[0] != "cluster_size" or point[1] > 0}
+                wanted = {point for point in wanted if fields[0] != "cluster_size" or point[1][0] > 0}
+            assert {(point[0], point[1:]) for point in seen} == wanted, fields
+    if front:
+        merges = {(one.block_parts, one.complete_warps) for one in found if one.cluster_size == 0}
+        assert len(merges) == len(LAUNCH_CHOICES["block_parts"]) * len(LAUNCH_CHOICES["complete_warps"])

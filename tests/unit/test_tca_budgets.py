@@ -7,9 +7,10 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from mac_kernels import ConfigError
-from mac_kernels.tca import TcaBudgets, TcaConfig, find_budgets
+from mac_kernels.tca import TcaBudgets, TcaConfig, find_budgets, select_far
 from mac_kernels.tca.budgets import CalibrationRun
 from mac_kernels.tca.candidates import NUM_SPARSE, mean_keep
 from mac_kernels.tuned import ModelKey
@@ -25,10 +26,24 @@ BUDGETS = TcaBudgets(key=KEY, config=CONFIG, measure="norm", retained=((RISING, 
 
 
 def test_a_file_survives_writing_and_reading(tmp_path: Path) -> None:
+    tuned = dataclasses.replace(BUDGETS, config=dataclasses.replace(CONFIG, mass_target=0.5))
     path = tmp_path / BUDGETS.file_name
-    BUDGETS.save(path)
     assert path.name == "tca,model=tiny.json"
-    assert TcaBudgets.load(path) == BUDGETS
+    for budgets in (BUDGETS, tuned):
+        budgets.save(path)
+        assert TcaBudgets.load(path) == budgets
+
+
+def test_the_share_that_is_read_is_that_of_what_is_selected() -> None:
+    length, config = 2000, dataclasses.replace(CONFIG, mass_target=0.5)
+    s = torch.rand(1, 2, length, generator=torch.Generator().manual_seed(0))
+    kept = []
+    for choice in BUDGETS.choices(config):
+        far = select_far(s, [length], choice, config=config).far
+        kept.append((far.count + length - far.far_end)[0].float().mean() / length)
+    assert BUDGETS.share_read(config, length) == pytest.approx(float(sum(kept)) / 2)
+    assert BUDGETS.share_read(config, 500) == 1  # nothing is far yet
+    assert BUDGETS.share_read(dataclasses.replace(config, mass_target=0.9), length) > 0.7  # half of the heads are dense
 
 
 def test_the_target_chooses_the_smallest_budget_of_every_head() -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import threading
+import time
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,10 +18,13 @@ pytest.importorskip("optuna")
 
 from typer.testing import CliRunner
 
+from benchmarks import results, tuning
 from mac_autotune import tune_kernel
 from mac_autotune.cli import _command, tune_command
 from mac_autotune.errors import ExportRefused
 from mac_autotune.kernel import Problem
+from mac_autotune.rounds import gpu_turn
+from mac_autotune.space import LaunchSpace
 from mac_kernels import MacConfig, tuned
 from mac_kernels.launch import LaunchParams, default_launch
 from mac_kernels.testing.timing import Timing
@@ -30,9 +37,11 @@ class FakeBench:
 
     gain = 0.1
 
-    def __init__(self, problem: Problem, *, seed: int, store: Any) -> None:
-        del seed, store
+    def __init__(self, problem: Problem, *, seed: int = 0, store: Any = None, **options: Any) -> None:
+        del seed, store, options
+        self.problem, front = problem, False
         self.default = default_launch(problem.batch * problem.layout.num_kv_heads, MacConfig(), 132)
+        self.space = LaunchSpace(self.default, front)
 
     def time(self, launches: Mapping[str, LaunchParams], hit: float, *, repeats: int) -> dict[str, Timing]:
         def of(launch: LaunchParams) -> Timing:
@@ -43,13 +52,14 @@ class FakeBench:
 
 
 @pytest.fixture(autouse=True)
-def fake_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Problem]:
-    compiled: list[Problem] = []
+def fake_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    compiled: list[int] = []
     monkeypatch.setenv("MAC_KERNELS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(tune_kernel, "gpu_name", lambda: "Fake GPU")
     monkeypatch.setattr(tune_kernel, "Bench", FakeBench)
     monkeypatch.setattr(tune_kernel, "make_store", lambda problem, seed: None)
-    monkeypatch.setattr(tune_kernel, "compile_ahead", lambda problem, launches: compiled.append(problem) or 3)
+    monkeypatch.setattr(tune_kernel, "num_sms", lambda device: 132)
+    monkeypatch.setattr(tune_kernel, "compile_ahead", lambda jobs: compiled.extend(j.problem.batch for j in jobs) or 3)
     return compiled
 
 
@@ -57,12 +67,12 @@ def run(*more: Any) -> Any:
     return CliRunner().invoke(tune_command, [*ARGUMENTS, *map(str, more)])
 
 
-def test_a_file_for_all_buckets_is_written_and_found(tmp_path: Path, fake_gpu: list[Problem]) -> None:
+def test_a_file_for_all_buckets_is_written_and_found(tmp_path: Path, fake_gpu: list[int]) -> None:
     first = run("--trials", 6, "--no-export")
     assert first.exit_code == 0, first.output
     second = run("--trials", 12, "--output", tmp_path / "out", "--json")
     assert second.exit_code == 0, second.output
-    assert [problem.batch for problem in fake_gpu] == [1, 16] * 2, "once per batch size"
+    assert fake_gpu == [1, 16] * 2, "once per batch size"
     (path,) = (tmp_path / "out").iterdir()
     file = tuned.load(path)
     assert path.name == "kernel,device_name=Fake_GPU,hq=32,hkv=8,d=128,dtype=bfloat16,page_size=1.json"
@@ -75,6 +85,53 @@ def test_a_file_for_all_buckets_is_written_and_found(tmp_path: Path, fake_gpu: l
     tuned.forget()
     choice = tuned.launch_for(file.key, batch=12, context=20_000, environ={"MAC_KERNELS_CONFIG": str(tmp_path / "out")})
     assert choice.launch == file.buckets[3].launch and choice.source == "environment"
+
+
+def test_a_comparison_keeps_every_bucket_that_it_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "Bench", FakeBench)
+    monkeypatch.setattr(tuning, "make_store", lambda problem, seed: None)
+    monkeypatch.setattr(tuning, "gpu_turn", contextlib.nullcontext)
+    run = tuning.Run(12, 20, (1, 64), (32768, 126976), tmp_path, until=float("inf"))
+    facts = dict.fromkeys(results.COLUMNS[len(results.KEY) + 5 :], "x")
+    tuning.tune_layout(run, "32/8x128", facts)
+    rows = [row for row in results.read(tmp_path / "tuning.csv") if row["metric"] == "ratio"]
+    buckets = {("1", "32768"), ("1", "126976"), ("64", "32768")}
+    assert {(row["batch"], row["context"]) for row in rows} == buckets, "64 x 126976 tokens need 33 GB"
+    assert {row["case"] for row in rows} == {"default", "tuned", "random 20", "triton front"}
+    assert all(float(row["p50"]) == pytest.approx(0.9) for row in rows if row["case"] in ("tuned", "random 20"))
+    (path,) = (tmp_path / "tuned").iterdir()
+    file = tuned.load(path)
+    assert isinstance(file, tuned.KernelFile) and len(file.buckets) == 3
+    assert file.provenance.command.endswith(
+        "--hq 32 --hkv 8 --head-dim 128 --batches 1,64 --contexts 32768,126976 --trials 12"
+    )
+    late = tuning.Run(12, 20, (1,), (32768,), tmp_path / "late", until=0.0)
+    tuning.tune_layout(late, "32/8x128", facts)
+    assert not (tmp_path / "late").exists()
+
+
+def test_tuning_processes_take_turns_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="0-1"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    inside, most = 0, 0
+
+    def turn() -> None:
+        nonlocal inside, most
+        with gpu_turn():
+            inside += 1
+            most = max(most, inside)
+            time.sleep(0.05)
+            inside -= 1
+
+    threads = [threading.Thread(target=turn) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert (inside, most) == (0, 1)
+    with pytest.raises(RuntimeError, match="a trial failed"), gpu_turn():
+        raise RuntimeError("a trial failed")
+    turn()  # let go all the same
 
 
 def test_no_gain_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

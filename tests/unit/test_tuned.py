@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import re
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +16,17 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mac_kernels import ConfigError, HeadLayout, MacConfig, places, resolve_config, tuned
+from mac_kernels import (
+    BatchMacDecodeWithPagedKVCacheWrapper,
+    ConfigError,
+    HeadLayout,
+    MacConfig,
+    Rope,
+    places,
+    resolve_config,
+    support,
+    tuned,
+)
 from mac_kernels.launch import LaunchParams
 from mac_kernels.tca import TcaBudgets
 from mac_kernels.tuned import Bucket, Coverage, KernelFile, KernelKey, ModelKey, PolicyFile, Provenance, Score
@@ -237,6 +249,42 @@ def test_writing_is_all_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with pytest.raises(OSError, match="disk full"):
         tuned.save(kernel_file(splits=8), tmp_path)
     assert path.read_text() == before and list(tmp_path.iterdir()) == [path]
+
+
+def plan_both_ways(layout: HeadLayout, context: int) -> list[BatchMacDecodeWithPagedKVCacheWrapper]:
+    """As transformers and FlashInfer's users plan, and as SGLang does."""
+    rope = Rope.from_inv_freq(torch.ones(layout.head_dim // 2))
+    paged, rows = (BatchMacDecodeWithPagedKVCacheWrapper(backend="triton") for _ in range(2))
+    indptr, indices = torch.arange(2, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+    one = torch.ones(1, dtype=torch.int32)
+    paged.plan(indptr, indices, one, layout=layout, page_size=1, rope=rope, max_kv_len=context)
+    slots = torch.zeros(1, context, dtype=torch.int32)
+    rows.plan_rows(slots, indices, one, layout=layout, rope=rope, max_kv_len=context)
+    return [paged, rows]
+
+
+def test_every_plan_takes_the_launch_parameters_of_its_file(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = tuned.choose_launch
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: KEY.gpu)
+    monkeypatch.setattr(tuned, "choose_launch", lambda _, *args, **kw: original(torch.device("cuda"), *args, **kw))
+    monkeypatch.setitem(support._CHECKS, "triton", lambda *_: ())
+    monkeypatch.setattr("mac_kernels.fused.FusedStep", lambda planned, launch: SimpleNamespace(launch=launch))
+    monkeypatch.delenv("MAC_KERNELS_CONFIG", raising=False)
+    layout, file = HeadLayout(32, 8, 128), kernel_file()
+    path = tuned.save(file, folders["bundled"])
+    for mac in plan_both_ways(layout, 1200):
+        assert mac._planned().step.launch == file.buckets[0].launch
+        assert "tuned for batch 1 x 1000 tokens" in mac.explain().notes[-1]
+    path.unlink()
+    tuned.forget()
+    for mac in plan_both_ways(layout, 1200):
+        assert mac._planned().step.launch is None and "mac-kernels tune kernel" in mac.explain().notes[-1]
+    path.write_text("{")
+    tuned.forget()
+    with pytest.raises(ConfigError, match=rf"{re.escape(str(path))}.*JSON"):
+        plan_both_ways(layout, 1200)
 
 
 def resolve(folders: dict[str, Path], environ: dict[str, str], model: ModelKey | None = MODEL, **more: Any) -> Any:

@@ -80,7 +80,8 @@ def equal_read_ratio(result: Comparison, policy: str, curve: Sequence[str], text
         order = np.argsort(read[1:])
         at, level = read[1:][order], np.log(np.maximum(kl[1:][order], 1e-12))
         left = int(np.clip(np.searchsorted(at, read[0]) - 1, 0, len(at) - 2))
-        step = (read[0] - at[left]) / max(at[left + 1] - at[left], 1e-12)
+        # resampled, the policy may read a little less or more than all others: then the nearest of them is taken
+        step = np.clip((read[0] - at[left]) / max(at[left + 1] - at[left], 1e-12), 0, 1)
         return float(kl[0] / np.exp(level[left] + step * (level[left + 1] - level[left])))
 
     values = np.stack([column for name in (policy, *curve) for column in columns(name)], axis=1)

@@ -1,0 +1,170 @@
+"""``tca tune``: the block, window and mass target that read least of a context at a given divergence from the model."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import optuna
+import torch
+from optuna.trial import FrozenTrial
+
+from mac_kernels.tca import TcaBudgets, TcaConfig
+from mac_transformers.compare import compare
+from mac_transformers.policies import Tca
+
+from .errors import ExportRefused
+from .progress import StudyPanel
+from .quality import texts
+from .quality.metrics import Estimate, divergence
+from .quality.suites import Bench
+from .replay import full_attention
+from .study import StudyPlan, run_study
+from .tca_objective import Calibrated, TcaObjective
+from .traces import Trace, load_trace, record, save_trace, trace_path
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TcaTask:
+    """What ``tca tune`` is asked for.
+
+    ``kl``: nats, what the winner may differ from full attention on the text where it differs most; ``context``: tokens,
+    where the share that is read is counted; ``layers`` and ``tokens`` of every trace, after ``prompt_tokens``; ``top``
+    trials are confirmed in a closed loop of ``confirm_tokens`` per text.
+    """
+
+    name: str
+    base: TcaConfig
+    kl: float
+    context: int
+    names: tuple[texts.PassageName, ...]
+    prompt_tokens: int
+    tokens: int
+    layers: int
+    top: int
+    confirm_tokens: int
+    plan: StudyPlan
+
+    def study(self) -> StudyPlan:
+        """The plan, named and with what its trials share."""
+        facts = {
+            "model": self.name,
+            "traces": f"{','.join(self.names)}: {self.tokens} tokens after {self.prompt_tokens}, {self.layers} layers",
+            "context": str(self.context),
+            "rule": f"{self.base.rule}, {self.base.sinks} sinks",
+        }
+        return dataclasses.replace(self.plan, name=self.plan.name or f"tca/{self.name}", mode="pareto", facts=facts)
+
+
+@dataclass(frozen=True, slots=True)
+class Tried:
+    """A trial in the closed loop: its config, the share of the context that it reads, and its KL on the worst text."""
+
+    trial: int
+    config: TcaConfig
+    share: float
+    kl: Estimate
+
+
+def tune_tca(task: TcaTask, bench: Bench, calibrated: Calibrated, say: Say) -> tuple[Tried, list[Tried]]:
+    """Run or resume the study and confirm trials along its front: the one that reads least, and all of them.
+
+    Parameters
+    ----------
+    task : TcaTask
+    bench : Bench
+        The model.
+    calibrated : callable
+        Budgets of the model for a block and a window.
+    say : callable
+        Takes a line of progress.
+
+    Raises
+    ------
+    ExportRefused
+        If no confirmed trial keeps the limit.
+    InputError
+        If the prompts are too short for the windows of the context.
+    """
+    traces = [_trace(task, bench, name, say) for name in task.names]
+    objective = TcaObjective(
+        task.base, [(trace, full_attention(trace)) for trace in traces], calibrated, context=task.context
+    )
+    plan = task.study()
+    with StudyPanel(plan) as panel:
+        study = run_study(plan, objective, panel)
+    chosen = along_front(study, task.top)
+    say(f"confirming {len(chosen)} trials in a closed loop")
+    tried = confirm_selected(task, bench, {trial.number: objective.build(trial.params) for trial in chosen}, calibrated)
+    kept = [one for one in tried if one.kl.value <= task.kl]
+    if not kept:
+        said = "; ".join(f"trial {one.trial} reads {one.share:.3f}, KL {one.kl.value:.4g}" for one in tried)
+        raise ExportRefused(f"no trial keeps a KL of {task.kl:g}: {said}. Nothing was written; allow a larger --kl")
+    return min(kept, key=lambda one: one.share), tried
+
+
+def along_front(study: optuna.Study, count: int) -> list[FrozenTrial]:
+    """Trials that none beats in both values, at most ``count``, evenly spread from the least to the most read."""
+    front = {trial.values[0]: trial for trial in study.best_trials}
+    ordered = [front[share] for share in sorted(front)]
+    places = {round(index * (len(ordered) - 1) / max(count - 1, 1)) for index in range(count)}
+    return [ordered[place] for place in sorted(places)]
+
+
+def confirm_selected(
+    task: TcaTask, bench: Bench, configs: Mapping[int, TcaConfig], calibrated: Calibrated
+) -> list[Tried]:
+    """Decode other passages under all configs at once, least read first."""
+    rules = {str(number): Tca(config, calibrated(config), "dense") for number, config in configs.items()}
+    length = task.prompt_tokens + task.confirm_tokens + 1
+    batch = torch.cat([texts.passages(bench.tokenizer, name, length=length, seed=1) for name in task.names])
+    result = compare(
+        bench.model,
+        batch[:, : task.prompt_tokens],
+        batch[:, task.prompt_tokens :],
+        rules,
+        progress=bench.step(f"confirming {len(configs)} trials"),
+    )
+    rows = [slice(index, index + 1) for index in range(len(task.names))]
+    tried = [
+        Tried(
+            number,
+            config,
+            calibrated(config).share_read(config, task.context),
+            max((divergence(result, str(number), row)["kl"] for row in rows), key=lambda one: one.value),
+        )
+        for number, config in configs.items()
+    ]
+    return sorted(tried, key=lambda one: one.share)
+
+
+class Calibrations:
+    """Budgets by block and window, each measured once."""
+
+    def __init__(self, measure: Callable[[TcaConfig], TcaBudgets]) -> None:
+        self._measure = measure
+        self._found: dict[tuple[int, int], TcaBudgets] = {}
+
+    def __call__(self, config: TcaConfig) -> TcaBudgets:
+        """The budgets for a config's block and window."""
+        key = config.block, config.local_window
+        if key not in self._found:
+            self._found[key] = self._measure(config)
+        return self._found[key]
+
+
+def _trace(task: TcaTask, bench: Bench, name: texts.PassageName, say: Say) -> Trace:
+    """The trace of a text, from the cache folder or recorded now; it is the end of the text."""
+    what = f"{task.name} {name} {task.prompt_tokens}+{task.tokens} {task.layers} tca"
+    path = trace_path(what)
+    if path.is_file():
+        say(f"trace of {name}: {path}")
+        return load_trace(path)
+    say(f"recording {name}: {task.prompt_tokens} + {task.tokens} tokens")
+    tokens = texts.passages(bench.tokenizer, name, length=task.prompt_tokens + task.tokens, count=2)[1]
+    trace = record(bench.model, tokens, prompt=task.prompt_tokens, max_layers=task.layers)
+    save_trace(trace, path)
+    return trace
