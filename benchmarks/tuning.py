@@ -36,9 +36,14 @@ from mac_kernels.tuned import Bucket
 
 from . import results
 
-LAYOUTS = ("9/3x64", "32/8x128", "32/4x128", "14/2x64", "12/2x128", "40/8x128", "64/8x128", "32/8x64", "64/8x64")
+POLICIES = "policies"
+"""In place of a layout: the steps of :func:`time_policies`."""
+LAYOUTS = (
+    *("9/3x64", POLICIES, "32/8x128", "32/4x128", "14/2x64", "12/2x128", "40/8x128", "64/8x128"),
+    *("32/8x64", "64/8x64"),
+)
 POLICY_LAYOUT = "9/3x64"
-POLICY_CONFIGS = ((512, 256), (1024, 512), (512, 512), (256, 512), (1024, 256))
+POLICY_CONFIGS = ((512, 256), (256, 512), (1024, 512), (512, 512), (1024, 256))
 """Window and band of steps that a policy for :data:`POLICY_LAYOUT` may choose."""
 _SMOLLM2_CONTEXT = 8192  # all that a model of this layout reads
 _FINALISTS = 10
@@ -195,11 +200,11 @@ def policy_jobs(run: Run) -> list[Job]:
     """What to compile for :func:`time_policies`."""
     layout = run.task(POLICY_LAYOUT)
     jobs = []
-    for window, band in POLICY_CONFIGS[1:]:
+    for window, band in POLICY_CONFIGS:
         config = dataclasses.replace(CONFIG, window=window, band=band)
         for problem in {problem.batch: problem for problem in layout.problems()}.values():
             sms = torch.cuda.get_device_properties(0).multi_processor_count
-            default = default_launch(problem.batch * problem.layout.num_kv_heads, config, sms)
+            default = default_launch(problem.batch * problem.layout.num_kv_heads, config, sms, problem.page_size)
             jobs.append(Job(problem, [default], config))
     return jobs
 
@@ -207,7 +212,7 @@ def policy_jobs(run: Run) -> list[Job]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Tune and compare all layouts asked for."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--layouts", default=",".join(LAYOUTS), help="Hq/HkvxD, separated by commas")
+    parser.add_argument("--layouts", default=",".join(LAYOUTS), help="Hq/HkvxD or policies, separated by commas")
     parser.add_argument("--trials", type=int, default=64)
     parser.add_argument("--points", type=int, default=200, help="of the random search")
     parser.add_argument("--batches", default="1,16,64")
@@ -225,16 +230,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     pool = compile_pool(args.workers)
     pending: dict[str, list[Future[int]]] = {}
     for name in args.layouts.split(","):
-        pending[name] = [f for job in compile_jobs(run.task(name).problems(), 0) for f in submit(pool, job)]
-        if name == POLICY_LAYOUT:
-            pending["policies"] = [f for job in policy_jobs(run) for f in submit(pool, job)]
+        jobs = policy_jobs(run) if name == POLICIES else compile_jobs(run.task(name).problems(), 0)
+        pending[name] = [future for job in jobs for future in submit(pool, job)]
 
     def one(name: str) -> None:
         wait(pending[name], timeout=max(0.0, run.until - time.time()))
         errors = {str(f.exception()) for f in pending[name] if f.done() and f.exception()}
         refused = sum(f.result() for f in pending[name] if f.done() and not f.exception())
         print(f"{name}: compiled at {time.perf_counter() - begin:.0f} s, {refused} refused {errors or ''}", flush=True)
-        target, given = (time_policies, (run, facts)) if name == "policies" else (tune_layout, (run, name, facts))
+        target, given = (time_policies, (run, facts)) if name == POLICIES else (tune_layout, (run, name, facts))
         process = multiprocessing.get_context("spawn").Process(target=target, args=given)
         process.start()
         process.join()

@@ -70,7 +70,8 @@ class ComposedStep(FusedStep):
         batch, device = table.batch_size, table.device
         groups = batch * layout.num_kv_heads
         sms = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
-        super().__init__(planned, launch=composed_launch(groups, config, sms))
+        self._apart = is_small(groups, sms)
+        super().__init__(planned, launch=composed_launch(groups, config, sms, table.page_size, small=self._apart))
         splits = self.launch.splits
         self._attentions: dict[tuple[torch.dtype, torch.dtype, str], _Attention] = {}
         self._launches: dict[tuple[object, ...], _Launches] = {}
@@ -90,7 +91,6 @@ class ComposedStep(FusedStep):
         self._spare_lse = torch.zeros_like(self._tile_lse)
         self._table_begin = ints(batch)
         self._table_entries = flat_entries(table)
-        self._apart = is_small(groups, sms)
         self._scan_splits = -(-config.window // self.launch.block_rows)
         self._scan_programs = groups * (self._scan_splits + (2 if self._apart else 0))
 
@@ -247,13 +247,13 @@ def is_small(num_groups: int, num_sms: int) -> bool:
     return num_groups * 4 <= num_sms
 
 
-def composed_launch(num_groups: int, config: MacConfig, num_sms: int) -> LaunchParams:
+def composed_launch(num_groups: int, config: MacConfig, num_sms: int, page_size: int, *, small: bool) -> LaunchParams:
     """:func:`default_launch`, but for what FlashInfer's kernel does or leaves behind; measured on an H100.
 
     A miss of a small batch leaves more parts than the Triton kernel's, since two thread blocks run on an SM.
     """
-    launch = default_launch(num_groups, config, num_sms)
-    if is_small(num_groups, num_sms):
+    launch = default_launch(num_groups, config, num_sms, page_size)
+    if small:
         launch = dataclasses.replace(launch, block_parts=64)
     return dataclasses.replace(launch, splits=min(launch.splits, _MOST_SPLITS), programs_per_sm=_BLOCKS_PER_SM)
 

@@ -87,7 +87,7 @@ class FusedStep:
         table, layout, config = planned.table, planned.layout, planned.config
         device, groups = table.device, table.batch_size * layout.num_kv_heads
         sms = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
-        self.launch = default_launch(groups, config, sms) if launch is None else launch
+        self.launch = default_launch(groups, config, sms, table.page_size) if launch is None else launch
         self.programs, self._groups = self.launch.programs_per_sm * sms, groups
         self._pdl = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
         self._bound: dict[tuple[object, ...], _Bound] = {}

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from .config import MacConfig
 
 _NUMBERS_PER_THREAD = 64  # of nominated rows
+_LONG_PAGES = 16  # tokens: a look-up in the page table serves half a tile of 32 KiB
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,7 +38,7 @@ class LaunchParams:
     front_warps: int = 8
 
 
-def default_launch(num_groups: int, config: MacConfig, num_sms: int) -> LaunchParams:
+def default_launch(num_groups: int, config: MacConfig, num_sms: int, page_size: int) -> LaunchParams:
     """Choose for a batch by its number of kv groups; measured on an H100 with D 128 and bf16.
 
     The first launch gets up to three programs per SM, at least 32 band tokens each. With few groups a miss is cut into
@@ -57,6 +58,7 @@ def default_launch(num_groups: int, config: MacConfig, num_sms: int) -> LaunchPa
             splits=splits,
             scout_stages=1,
             programs_per_sm=1,
+            rest_tile_bytes=(64 if page_size < _LONG_PAGES else 32) * 1024,
             rest_warps=8,
             block_parts=32,
             complete_warps=4,

@@ -101,7 +101,9 @@ class Bench:
         self._store = _regrouped(whole, problem)
         self._table: Any = self._store.table([problem.context] * problem.batch)
         self._scenarios = {hit: self._plant(hit, seed) for hit in hit_rates}
-        self.default = default_launch(problem.batch * problem.layout.num_kv_heads, config, num_sms(device))
+        self.default = default_launch(
+            problem.batch * problem.layout.num_kv_heads, config, num_sms(device), problem.page_size
+        )
         self.space = LaunchSpace(self.default, serves_front(next(iter(self._scenarios.values()))))
         self._rounds, self._made = Rounds(device), dict[tuple[LaunchParams, float], Round]()
         self._steps: dict[LaunchParams, BatchMacDecodeWithPagedKVCacheWrapper] = {}

@@ -109,7 +109,7 @@ def compile_jobs(problems: Sequence[Problem], seed: int) -> list[Job]:
     space, kv_heads = Bench(short, seed=seed, hit_rates=(1.0,)).space, short.layout.num_kv_heads
     jobs = []
     for problem in {problem.batch: problem for problem in problems}.values():
-        default = default_launch(problem.batch * kv_heads, CONFIG, num_sms("cuda"))
+        default = default_launch(problem.batch * kv_heads, CONFIG, num_sms("cuda"), problem.page_size)
         jobs.append(Job(problem, variants(dataclasses.replace(space, default=default))))
     return jobs
 

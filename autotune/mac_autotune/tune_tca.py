@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import optuna
@@ -33,7 +34,7 @@ class TcaTask:
 
     ``kl``: nats, what the winner may differ from full attention on the text where it differs most; ``context``: tokens,
     where the share that is read is counted; ``layers`` and ``tokens`` of every trace, after ``prompt_tokens``; ``top``
-    trials are confirmed in a closed loop of ``confirm_tokens`` per text.
+    trials at once are confirmed in a closed loop of ``confirm_tokens`` per text.
     """
 
     name: str
@@ -70,7 +71,9 @@ class Tried:
 
 
 def tune_tca(task: TcaTask, bench: Bench, calibrated: Calibrated, say: Say) -> tuple[Tried, list[Tried]]:
-    """Run or resume the study and confirm trials along its front: the one that reads least, and all of them.
+    """Run or resume the study and confirm trials along its front, closer and closer to the limit.
+
+    Returns the one that reads least, and all that were confirmed, least read first.
 
     Parameters
     ----------
@@ -96,9 +99,11 @@ def tune_tca(task: TcaTask, bench: Bench, calibrated: Calibrated, say: Say) -> t
     plan = task.study()
     with StudyPanel(plan) as panel:
         study = run_study(plan, objective, panel)
-    chosen = along_front(study, task.top)
-    say(f"confirming {len(chosen)} trials in a closed loop")
-    tried = confirm_selected(task, bench, {trial.number: objective.build(trial.params) for trial in chosen}, calibrated)
+    front, tried = front_of(study), list[Tried]()
+    while chosen := next_round(front, tried, task.kl, task.top):
+        say(f"confirming {len(chosen)} of {len(front)} trials along the front in a closed loop")
+        configs = {trial.number: objective.build(trial.params) for trial in chosen}
+        tried = sorted([*tried, *confirm_selected(task, bench, configs, calibrated)], key=lambda one: one.share)
     kept = [one for one in tried if one.kl.value <= task.kl]
     if not kept:
         said = "; ".join(f"trial {one.trial} reads {one.share:.3f}, KL {one.kl.value:.4g}" for one in tried)
@@ -106,18 +111,27 @@ def tune_tca(task: TcaTask, bench: Bench, calibrated: Calibrated, say: Say) -> t
     return min(kept, key=lambda one: one.share), tried
 
 
-def along_front(study: optuna.Study, count: int) -> list[FrozenTrial]:
-    """Trials that none beats in both values, at most ``count``, evenly spread from the least to the most read."""
+def front_of(study: optuna.Study) -> list[FrozenTrial]:
+    """Trials that none beats in both values, from the least to the most read."""
     front = {trial.values[0]: trial for trial in study.best_trials}
-    ordered = [front[share] for share in sorted(front)]
-    places = {round(index * (len(ordered) - 1) / max(count - 1, 1)) for index in range(count)}
-    return [ordered[place] for place in sorted(places)]
+    return [front[share] for share in sorted(front)]
+
+
+def next_round(front: Sequence[FrozenTrial], tried: Sequence[Tried], limit: float, count: int) -> list[FrozenTrial]:
+    """The next to confirm, at most ``count``: evenly between the last to break the limit and the first to keep it."""
+    kl = {one.trial: one.kl.value for one in tried}
+    kept = [place for place, trial in enumerate(front) if kl.get(trial.number, math.inf) <= limit]
+    end = min(kept, default=len(front))
+    begin = max((place for place in range(end) if front[place].number in kl), default=-1) + 1
+    between = front[begin:end]
+    places = {round(index * (len(between) - 1) / max(count - 1, 1)) for index in range(min(count, len(between)))}
+    return [between[place] for place in sorted(places)]
 
 
 def confirm_selected(
     task: TcaTask, bench: Bench, configs: Mapping[int, TcaConfig], calibrated: Calibrated
 ) -> list[Tried]:
-    """Decode other passages under all configs at once, least read first."""
+    """Decode other passages under all configs at once."""
     rules = {str(number): Tca(config, calibrated(config), "dense") for number, config in configs.items()}
     length = task.prompt_tokens + task.confirm_tokens + 1
     batch = torch.cat([texts.passages(bench.tokenizer, name, length=length, seed=1) for name in task.names])
@@ -138,7 +152,7 @@ def confirm_selected(
         )
         for number, config in configs.items()
     ]
-    return sorted(tried, key=lambda one: one.share)
+    return tried
 
 
 class Calibrations:

@@ -43,7 +43,7 @@ def tune(
     timeout: Annotated[float | None, typer.Option(min=1.0, help="Seconds after which no trial is begun.")] = None,
     storage: Annotated[str | None, typer.Option(help="Journal file or database URL; default: the cache.")] = None,
     study: Annotated[str | None, typer.Option(help="Name of the study.")] = None,
-    top: Annotated[int, typer.Option(min=1, help="Trials along the front that are confirmed in a closed loop.")] = 6,
+    top: Annotated[int, typer.Option(min=2, help="Trials that are confirmed at once in a closed loop.")] = 6,
     confirm_tokens: Annotated[int, typer.Option(min=16, help="Tokens decoded per text to confirm.")] = 256,
     sinks: Annotated[int, typer.Option(help="First tokens that are always kept.")] = 4,
     rule: Annotated[str, typer.Option(help="literal (as published) or ours.")] = "ours",

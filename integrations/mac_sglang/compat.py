@@ -22,6 +22,7 @@ _RUNNER = "sglang.srt.model_executor.model_runner.ModelRunner"
 REQUEST_CREATED = "sglang.srt.managers.schedule_batch.Req.__init__"
 BATCH_BEGINS = "sglang.srt.model_executor.forward_batch_info.ForwardBatch.init_new"
 RADIX_CACHE_BUILT = "sglang.srt.mem_cache.registry.create_tree_cache"
+RESULTS_PROCESSED = "sglang.srt.managers.scheduler.Scheduler.process_batch_result"
 CACHE_FLUSHED = "sglang.srt.managers.scheduler.Scheduler.flush_cache"
 GRAPH_REPLAYED = "sglang.srt.model_executor.runner.decode_cuda_graph_runner.DecodeCudaGraphRunner.execute"
 

@@ -29,6 +29,7 @@ def apply() -> None:
     compat.after(compat.REQUEST_CREATED, _request_created)
     compat.after(compat.BATCH_BEGINS, _batch_begins)
     compat.around(compat.RADIX_CACHE_BUILT, _radix_cache_built)
+    compat.around(compat.RESULTS_PROCESSED, _results_processed)
     for target in compat.state_changes():
         compat.after(target, _drop_after(target.rsplit(".", 1)[-1]))
     compat.fence_reads_after_replay()
@@ -96,6 +97,14 @@ def _radix_cache_built(original: Any, context: Any) -> Any:
     from .radix import watch
 
     return watch(tree, active.snapshots)
+
+
+def _results_processed(original: Any, scheduler: Any, *args: Any, **kwargs: Any) -> Any:
+    notices = getattr(scheduler.tree_cache, "ring_notices", None)
+    if notices is None:
+        return original(scheduler, *args, **kwargs)
+    with notices.postponed():
+        return original(scheduler, *args, **kwargs)
 
 
 def _drop_after(what: str) -> Any:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 from array import array
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -29,6 +30,7 @@ class Notices:
     def __init__(self, service: SnapshotService) -> None:
         self.service = service
         self._chains: WeakKeyDictionary[Any, TokenChain] = WeakKeyDictionary()
+        self._postponed: list[Callable[[], object]] | None = None
 
     def matched(self, key: Any, request: Any) -> None:
         """A request was looked up: these are its tokens."""
@@ -53,15 +55,41 @@ class Notices:
         if chain is None or row is None:
             return
         chain.extend(_tokens(request, up_to))
-        self.service.save(request.rid, row, up_to, node=_handle(request.last_node))
+        node = _handle(request.last_node)
+        self._do(functools.partial(self.service.save, request.rid, row, up_to, node=node))
 
-    def attempt(self, notice: Callable[..., None], *args: Any, **options: Any) -> None:
+    def released(self, request: Any) -> None:
+        """The request gave its row back."""
+        self._do(functools.partial(self.service.forget, request.rid))
+
+    @contextlib.contextmanager
+    def postponed(self) -> Iterator[None]:
+        """Save no ring inside, but at the end: SGLang sends the tokens of a pass after it has told the tree of them.
+
+        The rows are where they were until the next pass begins.
+        """
+        waiting: list[Callable[[], object]] = []
+        self._postponed = waiting
+        try:
+            yield
+        finally:
+            self._postponed = None
+            for action in waiting:
+                self.attempt(action)
+
+    def attempt(self, notice: Callable[..., object], *args: Any, **options: Any) -> None:
         """Give notice; a failure is counted, logged once and never reaches the tree."""
         try:
             notice(*args, **options)
         except Exception:
             if self.service.notice_failed() == 1:
                 logger.exception("a ring snapshot failed; requests go on with empty rings, later failures are counted")
+
+    def _do(self, action: Callable[[], object]) -> None:
+        if self._postponed is None:
+            action()
+        else:
+            self._postponed.append(action)
 
 
 def watch(tree: Any, service: SnapshotService) -> Any:
@@ -104,7 +132,7 @@ def _checkpoint(tree: Any, req: Any, *, up_to: int, **options: Any) -> None:
 
 def _on_release(tree: Any, req: Any, **options: Any) -> None:
     del options
-    tree.ring_notices.service.forget(req.rid)
+    tree.ring_notices.released(req)
 
 
 def _cache_unfinished_req(tree: Any, req: Any, *args: Any, **options: Any) -> None:
@@ -118,7 +146,7 @@ def _cache_finished_req(tree: Any, req: Any, is_insert: bool = True, *, kv_len_t
         if is_insert:
             tree.ring_notices.computed(req, kv_len_to_handle, finished=True)
     finally:
-        tree.ring_notices.service.forget(req.rid)
+        tree.ring_notices.released(req)
 
 
 def _leaf_evicted(tree: Any, node: Any, *args: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import zlib
@@ -158,10 +159,11 @@ class Server:
         for start, stop in zip([matched, *stops], stops, strict=False):
             self.extend(request, start, stop)
             request.fill_end = stop
-            if NEW:
-                self.tree.checkpoint(request, up_to=stop)
-            else:
-                self.tree.cache_unfinished_req(request, chunked=stop != end)
+            with self.results():
+                if NEW:
+                    self.tree.checkpoint(request, up_to=stop)
+                else:
+                    self.tree.cache_unfinished_req(request, chunked=stop != end)
             self.note("prefill", stop)
 
     def decode(self, request: Request, tokens: list[int]) -> None:
@@ -173,6 +175,17 @@ class Server:
         """Finish (``keep``) or retract: give the row back."""
         length, row = len(request.tokens()), request.row
         request.ended = keep
+        with self.results() if keep else contextlib.nullcontext():
+            self._release(request, length, keep=keep)
+        self.rings.release(row)
+        self.note("end", length)
+
+    def results(self) -> contextlib.AbstractContextManager[None]:
+        """As while SGLang processes the results of a pass."""
+        notices = getattr(self.tree, "ring_notices", None)
+        return contextlib.nullcontext() if notices is None else notices.postponed()
+
+    def _release(self, request: Request, length: int, *, keep: bool) -> None:
         if NEW:
             request.full_untruncated_fill_ids = array("q", request.tokens())
             if keep:
@@ -185,8 +198,6 @@ class Server:
         else:
             self.tree.cache_finished_req(request, is_insert=keep, kv_len_to_handle=length)
             self.pool.free(request)
-        self.rings.release(row)
-        self.note("end", length)
 
     def note(self, what: str, value: int) -> None:
         sizes = self.tree.evictable_size(), self.tree.protected_size(), self.tree.total_size()

@@ -62,8 +62,8 @@ def test_version_is_supported() -> None:
 
 
 def test_every_hooked_function_exists() -> None:
-    targets = [compat.REQUEST_CREATED, compat.BATCH_BEGINS, compat.RADIX_CACHE_BUILT, *compat.state_changes()]
-    for target in targets:
+    targets = [compat.REQUEST_CREATED, compat.BATCH_BEGINS, compat.RADIX_CACHE_BUILT, compat.RESULTS_PROCESSED]
+    for target in [*targets, *compat.state_changes()]:
         assert callable(pkgutil.resolve_name(target)), f"{target} is gone"
 
 

@@ -127,6 +127,24 @@ def test_a_store_that_fails_never_reaches_the_tree(core: str, monkeypatch, caplo
 
 
 @core
+def test_rings_are_saved_after_the_tokens_of_a_pass_are_sent(core: str) -> None:
+    server = Server(core, tokens=400)
+    request = Request("a", list(range(100, 160)), None)
+    matched = server.admit(request)
+    with server.results():
+        server.extend(request, matched, 60)
+        request.fill_end = 60
+        if NEW:
+            server.tree.checkpoint(request, up_to=60)
+        else:
+            server.tree.cache_unfinished_req(request, chunked=False)
+        assert server.service.stats.saves == 0
+    assert server.service.stats.saves == 1
+    server.end(request)
+    assert server.serve("b", list(range(100, 170)), []) > 0
+
+
+@core
 def test_a_request_without_shareable_kv_is_not_saved(core: str) -> None:
     server = Server(core, tokens=400)
     request = Request("a", list(range(60)), None)

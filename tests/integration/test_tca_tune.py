@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,10 +16,12 @@ from tiny_models import FAMILIES, VOCAB
 pytest.importorskip("optuna")
 
 from mac_autotune import tca_objective
+from mac_autotune.quality.metrics import Estimate
 from mac_autotune.replay import full_attention
 from mac_autotune.replay_tca import replay_selected
 from mac_autotune.tca_objective import TcaObjective, windows
 from mac_autotune.traces import Trace, record
+from mac_autotune.tune_tca import Tried, next_round
 from mac_cli.app import main
 from mac_cli.output import ExitCode
 from mac_kernels import InputError
@@ -71,6 +74,23 @@ def test_prompts_without_a_far_region_are_refused(trace: Trace) -> None:
 
 def test_windows_are_whole_blocks_up_to_the_published_one() -> None:
     assert windows(8192) == (256, 512, 1024) and windows(131072) == (4096,)
+
+
+def test_rounds_close_in_on_the_limit() -> None:
+    """Confirmed are the ends, then what lies between the last that broke the limit and the first that kept it."""
+    front: Any = [SimpleNamespace(number=10 + place) for place in range(9)]
+
+    def tried(*places: int) -> list[Tried]:
+        return [Tried(10 + at, CONFIG, at / 10, Estimate(1 / (1 + at), 0, 1, 1)) for at in places]
+
+    def asked(limit: float, *places: int) -> list[int]:
+        return [trial.number - 10 for trial in next_round(front, tried(*places), limit, 3)]
+
+    assert asked(0.2) == [0, 4, 8]
+    assert asked(0.2, 0, 4, 8) == [1, 2, 3]  # 4 keeps 1 / 5
+    assert asked(0.15, 0, 4, 8) == [5, 6, 7]
+    assert asked(0.15, 0, 4, 5, 6, 7, 8) == []  # 6 is the first to keep it, 5 is known not to
+    assert asked(0.2, 0, 1, 2, 3, 4, 8) == [] and asked(0.0, 0, 4, 8) == []
 
 
 @pytest.fixture

@@ -61,6 +61,8 @@ class TestComposedInterpreted(DecodeConformance):
             return dataclasses.replace(default_launch(*arguments), splits=2)
 
         monkeypatch.setattr(composed, "default_launch", launch)
+        forms = itertools.cycle((True, False))
+        monkeypatch.setattr(composed, "is_small", lambda *_: next(forms))
         monkeypatch.setattr(composed, "RangeAttention", ModelAttention)
 
 

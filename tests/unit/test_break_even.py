@@ -47,7 +47,7 @@ def measured_rates() -> list[tuple[HeadLayout, int, int, float]]:
 
 def test_the_estimate_is_near_what_was_measured() -> None:
     rates = measured_rates()
-    assert len(rates) >= 7
+    assert len(rates) == 12
     for layout, batch, context, rate in rates:
         assert estimate(layout, batch, context) == pytest.approx(rate, abs=0.06), (layout, batch, context)
 
@@ -57,7 +57,6 @@ def test_more_to_read_needs_fewer_hits() -> None:
     assert rates[0] > rates[1] > rates[2] > 0
     assert estimate(G4, 8, 32_768) < rates[1]
     assert estimate(G8, 1, 32_768) > rates[1]  # half the keys and values
-    assert estimate(G8, 1, 256) is None
 
 
 def test_measured_steps_win() -> None:
@@ -77,7 +76,7 @@ def test_the_line_names_a_figure_and_its_source(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA Test")
     where = {"dtype": torch.bfloat16, "page_size": 1, "context_len": 131_072}
     line = describe(torch.device("cuda"), G4, **where)
-    assert "about 0.51 at 32768 tokens" in line and "at 131072 tokens" in line and "estimated" in line
+    assert "about 0.23 at 32768 tokens" in line and "at 131072 tokens" in line and "estimated" in line
     found = SimpleNamespace(
         path=Path("tuned.json"),
         file=SimpleNamespace(

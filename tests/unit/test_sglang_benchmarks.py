@@ -206,7 +206,7 @@ def test_replies_without_a_common_time_cost_the_speed_alone(
     together = [reply(*(0.01 * at for at in range(60)), tokens=[1, 2, 3])] * 2
     apart = [together[0], reply(*(9 + 0.01 * at for at in range(60)), tokens=[1, 2, 4])]
     full = sglang_smollm2.Measured({"distinct": together, "shared": together})
-    counts = {part: Counter(AGE=1) for part in ("distinct", "shared", "early", "later")}
+    counts = {part: Counter(AGE=1) for part in ("distinct", "shared", "early", "later", "computed")}
     mac = sglang_smollm2.Measured({"distinct": apart, "shared": together}, counts, {"distinct": [0.7], "shared": []})
     shape = {"num_attention_heads": 8, "num_key_value_heads": 2, "hidden_size": 512}
     args = SimpleNamespace(batch=2, prompt_tokens=10, tokens=60, tp=1, tie=0.5, command_line="")

@@ -256,7 +256,7 @@ def test_the_space_holds_every_field_and_every_default() -> None:
     spaces = [LaunchSpace(LaunchParams(), front).params() for front in (True, False)]
     assert set(LAUNCH_CHOICES) == {*spaces[0], *spaces[1]} == {field.name for field in dataclasses.fields(LaunchParams)}
     for groups, front in itertools.product((1, 8, 40, 128, 500, 1024), (True, False)):
-        default = LaunchSpace(default_launch(groups, MacConfig(), num_sms=132), front).params()
+        default = LaunchSpace(default_launch(groups, MacConfig(), num_sms=132, page_size=16), front).params()
         assert {name: value for name, value in default.items() if value not in LAUNCH_CHOICES[name]} == {}
     for preset in ("careful", "balanced", "fast"):
         space = PolicySpace(PRESETS[preset])
@@ -265,7 +265,7 @@ def test_the_space_holds_every_field_and_every_default() -> None:
 
 @pytest.mark.parametrize("front", [True, False])
 def test_variants_hold_every_variant_of_every_kernel(front: bool) -> None:
-    default = default_launch(8, MacConfig(), num_sms=132)
+    default = default_launch(8, MacConfig(), num_sms=132, page_size=16)
     found = variants(LaunchSpace(default, front))
     varied = set(LaunchSpace(default, front).params())
     for fields in KERNELS.values():

@@ -40,7 +40,7 @@ class FakeBench:
     def __init__(self, problem: Problem, *, seed: int = 0, store: Any = None, **options: Any) -> None:
         del seed, store, options
         self.problem, front = problem, False
-        self.default = default_launch(problem.batch * problem.layout.num_kv_heads, MacConfig(), 132)
+        self.default = default_launch(problem.batch * problem.layout.num_kv_heads, MacConfig(), 132, problem.page_size)
         self.space = LaunchSpace(self.default, front)
 
     def time(self, launches: Mapping[str, LaunchParams], hit: float, *, repeats: int) -> dict[str, Timing]:
