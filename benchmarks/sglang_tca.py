@@ -29,6 +29,7 @@ from .serving import (
     EXACT,
     Launch,
     ServerDiedError,
+    Started,
     agreement,
     counted,
     describe,
@@ -134,7 +135,7 @@ def _prompts(args: argparse.Namespace, vocab: int) -> list[list[int]]:
 
 
 async def _one(
-    server: Server | ServerDiedError,
+    server: Started,
     launch: Launch,
     measured: dict[str, Measured],
     prompts: Sequence[list[int]],

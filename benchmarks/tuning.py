@@ -26,7 +26,7 @@ from mac_autotune.compile import Job, compile_pool, submit
 from mac_autotune.errors import ExportRefused
 from mac_autotune.export import Rated, bucket_of, rate, write
 from mac_autotune.kernel import CONFIG, HIT_RATES, Bench, make_store, unusable
-from mac_autotune.latency import PLANTED_LAG
+from mac_autotune.latency import PLANTED_LAG, planted_share
 from mac_autotune.rounds import gpu_turn
 from mac_autotune.study import StudyPlan
 from mac_autotune.tune_kernel import KernelTask, compile_jobs, kernel_file_of, line, search
@@ -167,8 +167,9 @@ def time_policies(run: Run, facts: results.Row) -> None:
             config = dataclasses.replace(CONFIG, window=window, band=band)
             bench = Bench(problem, store=store, config=config)
             default, _ = rate(bench.time, bench.default, {}, HIT_RATES, rounds=5, repeats=5)
-            rows = [{**row, **facts} for row in _rows(bench, "default", default, window, band)]
-            results.upsert(run.output / "policy.csv", rows)
+            rows = _rows(bench, "default", default, window, band)
+            latencies = [{**row, **facts} for row in rows if row["metric"] == "latency"]
+            results.upsert(run.output / "policy.csv", latencies)
             del bench
             torch.cuda.empty_cache()
     print("policies: done", flush=True)
@@ -187,9 +188,10 @@ def _rows(
         **{"config": "careful", "miss_pattern": "scattered", "tp": 1},
     }
     rows: list[Mapping[str, Any]] = []
-    for hit, score in rated.latency.items():
+    groups = problem.batch * problem.layout.num_kv_heads
+    for hit, score in {planted_share(float(hit), groups): score for hit, score in rated.latency.items()}.items():
         us = {name: f"{value:.4g}" for name, value in (("p20", score.low), ("p50", score.value), ("p80", score.high))}
-        rows.append({**key, "hit_rate": hit, "metric": "latency", "unit": "us", **us, "n": score.n})
+        rows.append({**key, "hit_rate": f"{hit:.4g}", "metric": "latency", "unit": "us", **us, "n": score.n})
     ratio = rated.ratio
     spread = {name: f"{x:.4f}" for name, x in (("p20", ratio.low), ("p50", ratio.value), ("p80", ratio.high))}
     rows.append({**key, "hit_rate": "all", "metric": "ratio", "unit": "of the default", **spread, "n": ratio.n})

@@ -247,7 +247,7 @@ def _command() -> str:
     arguments = iter(sys.argv[1:])
     for argument in arguments:
         name, _, value = argument.partition("=")
-        if name in ("--output", "--storage", "--device", "--timings"):
+        if name in ("--output", "--storage", "--device"):
             next(arguments, None) if not value else None
         elif argument != "--json":
             kept.append(Path(argument).name if Path(argument).exists() else argument)

@@ -18,7 +18,7 @@ from mac_kernels.launch import LaunchParams, default_launch
 from mac_kernels.testing.scenario import PagedStore, Scenario, plant_step, random_store
 from mac_kernels.testing.timing import Timing
 
-from .latency import PLANTED_LAG
+from .latency import PLANTED_LAG, planted_share
 from .objective import Measured, Report
 from .rounds import Round, Rounds, gpu_turn
 from .space import LaunchSpace, Suggest
@@ -168,7 +168,7 @@ class Bench:
         groups = problem.batch * problem.layout.num_kv_heads
         order = torch.randperm(groups, generator=torch.Generator().manual_seed(seed))
         outcome = torch.ones(groups, dtype=torch.bool)
-        outcome[order[: round((1 - hit) * groups)]] = False
+        outcome[order[round(planted_share(hit, groups) * groups) :]] = False
         return plant_step(
             self._config,
             problem.layout,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import io
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,8 +20,12 @@ from mac_kernels.settings import cache_dir
 from mac_transformers.intercept import intercepted, layout_of, num_layers_of, residual_norms
 from mac_transformers.rope import ModelRope
 
+from .quality import texts
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from .quality.suites import Bench
 
 _FORMAT = 2
 MAX_WINDOW = 1024
@@ -124,6 +129,48 @@ def record(model: PreTrainedModel, tokens: torch.Tensor, *, prompt: int, max_lay
     out_proj = torch.stack([recorder.out_proj[layer] for layer in layers])
     norms = torch.stack([residual[layer][-steps:].cpu() for layer in layers])
     return Trace(q, k, v, *recorder.rope, recorder.sm_scale, prompt, layers, out_proj, norms)
+
+
+def trace_of_text(
+    bench: Bench,
+    name: texts.PassageName,
+    purpose: str,
+    *,
+    prompt: int,
+    steps: int,
+    max_layers: int,
+    say: Callable[[str], None],
+    scale: Callable[[torch.Tensor], Sequence[Sequence[float]]] | None = None,
+) -> Trace:
+    """The trace of the end of a text, from the cache folder or recorded now.
+
+    Parameters
+    ----------
+    bench : Bench
+        The model.
+    name : str
+        The text.
+    purpose : str
+        The model and what the trace is for: traces of one purpose and text and of equal sizes are the same.
+    prompt, steps, max_layers : int
+        As :func:`record` takes them; ``steps`` tokens follow the prompt.
+    say : callable
+        Takes a line of progress.
+    scale : callable, optional
+        Measures the ``influence_scale`` of all layers on the prompt [1, P].
+    """
+    path = trace_path(f"{purpose} {name} {prompt}+{steps} {max_layers}")
+    if path.is_file():
+        say(f"trace of {name}: {path}")
+        return load_trace(path)
+    say(f"recording {name}: {prompt} + {steps} tokens")
+    tokens = texts.passages(bench.tokenizer, name, length=prompt + steps, count=2)[1]
+    trace = record(bench.model, tokens, prompt=prompt, max_layers=max_layers)
+    if scale is not None:
+        measured = scale(tokens[None, :prompt].to(bench.model.device))
+        trace = dataclasses.replace(trace, scale=[list(row) for row in measured])
+    save_trace(trace, path)
+    return trace
 
 
 def trace_path(what: str) -> Path:

@@ -25,7 +25,7 @@ from .quality import texts
 from .quality.suites import Bench
 from .replay import full_attention
 from .study import StudyPlan, ranked, run_study
-from .traces import Trace, load_trace, record, save_trace, trace_path
+from .traces import Trace, trace_of_text
 
 Say = Callable[[str], None]
 
@@ -147,20 +147,17 @@ _RECORD_S, _STEP_S, _TOKEN_S, _NEEDLE_S = 50.0, 0.006, 0.35, 10.0
 
 
 def _trace(bench: Bench, weights: Weights, task: PolicyTask, name: texts.PassageName, say: Say) -> Trace:
-    """The trace of a text, from the cache folder or recorded now; it is the end of the text."""
-    what = f"{weights.folder.name}/{weights.name} {name} {task.prompt_tokens}+{task.tokens} {task.layers} {task.preset}"
-    path = trace_path(what)
-    if path.is_file():
-        say(f"trace of {name}: {path}")
-        return load_trace(path)
-    say(f"recording {name}: {task.prompt_tokens} + {task.tokens} tokens")
-    tokens = texts.passages(bench.tokenizer, name, length=task.prompt_tokens + task.tokens, count=2)[1]
-    trace = record(bench.model, tokens, prompt=task.prompt_tokens, max_layers=task.layers)
-    passage = tokens[None, : task.prompt_tokens]
-    scale = calibrate(bench.model, passage.to(bench.model.device), config=MacConfig.preset(task.preset))
-    trace = dataclasses.replace(trace, scale=[list(row) for row in scale])
-    save_trace(trace, path)
-    return trace
+    config = MacConfig.preset(task.preset)
+    return trace_of_text(
+        bench,
+        name,
+        f"{weights.folder.name}/{weights.name} {task.preset}",
+        prompt=task.prompt_tokens,
+        steps=task.tokens,
+        max_layers=task.layers,
+        say=say,
+        scale=lambda prompt: calibrate(bench.model, prompt, config=config),
+    )
 
 
 def _latency(task: PolicyTask, layout: HeadLayout) -> LatencyModel:

@@ -92,7 +92,8 @@ def tune_tca(task: TcaTask, bench: Bench, calibrated: Calibrated, say: Say) -> t
     InputError
         If the prompts are too short for the windows of the context.
     """
-    traces = [_trace(task, bench, name, say) for name in task.names]
+    sizes = {"prompt": task.prompt_tokens, "steps": task.tokens, "max_layers": task.layers}
+    traces = [trace_of_text(bench, name, f"{task.name} tca", **sizes, say=say) for name in task.names]
     objective = TcaObjective(
         task.base, [(trace, full_attention(trace)) for trace in traces], calibrated, context=task.context
     )
@@ -168,17 +169,3 @@ class Calibrations:
         if key not in self._found:
             self._found[key] = self._measure(config)
         return self._found[key]
-
-
-def _trace(task: TcaTask, bench: Bench, name: texts.PassageName, say: Say) -> Trace:
-    """The trace of a text, from the cache folder or recorded now; it is the end of the text."""
-    what = f"{task.name} {name} {task.prompt_tokens}+{task.tokens} {task.layers} tca"
-    path = trace_path(what)
-    if path.is_file():
-        say(f"trace of {name}: {path}")
-        return load_trace(path)
-    say(f"recording {name}: {task.prompt_tokens} + {task.tokens} tokens")
-    tokens = texts.passages(bench.tokenizer, name, length=task.prompt_tokens + task.tokens, count=2)[1]
-    trace = record(bench.model, tokens, prompt=task.prompt_tokens, max_layers=task.layers)
-    save_trace(trace, path)
-    return trace

@@ -161,10 +161,10 @@ class DecodeBatch:
         """Full attention and windows of the first rows: ``q`` [rows, Hq, D]."""
         k, v = (cache[: len(q)] for cache in self.kv[layer])
         # the heads of a group as queries of one head: their keys are read once. Plain products, since a fused kernel
-        # gives every head one block, which reads its keys alone
-        heads = q.view(len(q), self.layout.num_kv_heads, -1, q.shape[-1])
-        logits = (heads * sm_scale @ k.transpose(-1, -2)).masked_fill(~self.keep[:, None, None], -math.inf)
-        return (logits.softmax(-1) @ v).reshape(q.shape)
+        # gives every head one block, which reads its keys alone; in fp32, since all rows are compared with these
+        heads = q.float().view(len(q), self.layout.num_kv_heads, -1, q.shape[-1])
+        logits = (heads * sm_scale @ k.float().transpose(-1, -2)).masked_fill(~self.keep[:, None, None], -math.inf)
+        return (logits.softmax(-1) @ v.float()).view(q.shape).to(q.dtype)
 
     def _record(self, record: torch.Tensor, values: torch.Tensor) -> None:
         """Write the values of this step, whose number the device knows, into a record of all steps."""

@@ -144,7 +144,8 @@ class Seen:
     """One step of the rows of one block through all layers, for those who look on.
 
     ``policies`` by row; by layer, ``q`` and ``out`` [rows, Hq, D] and ``k``, ``v`` [rows, Hkv, L, D]; ``trace`` has the
-    layers in front; ring ``i`` of ``rings`` is that of the i-th row.
+    layers in front; ring ``i`` of ``rings`` is that of the i-th row. Copy what has to outlast the step: where steps are
+    replayed as a CUDA graph, the next one writes to the same tensors.
     """
 
     step: int

@@ -172,8 +172,12 @@ def test_the_command_records_once_resumes_and_refuses_what_is_no_gain(
 def test_a_dry_run_does_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MAC_KERNELS_CACHE", str(tmp_path))
     for command in (("policy",), ("kernel", "--hq", 32, "--hkv", 8, "--head-dim", 128)):
-        done = run(*command, "--dry-run", "--json")
-        assert done.exit_code == 0 and json.loads(done.stdout)["estimate_s"] > 60
+        seconds = []
+        for trials in (64, 640):
+            done = run(*command, "--dry-run", "--json", "--trials", trials)
+            assert done.exit_code == 0, done.output
+            seconds.append(json.loads(done.stdout)["estimate_s"])
+        assert 30 < seconds[0] < seconds[1] / 2
     assert list(tmp_path.iterdir()) == []
 
 
@@ -184,6 +188,7 @@ def test_a_dry_run_does_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         (("policy", "--texts", "poems"), "must be some of docs, code"),
         (("kernel", "--hq", 32, "--hkv", 8, "--head-dim", 128, "--batches", "1,x"), "must be whole numbers"),
         (("kernel", "--hq", 32, "--hkv", 8, "--head-dim", 128, "--dtype", "int8"), "must be one of bfloat16"),
+        (("kernel", "--hq", 32, "--hkv", 8, "--head-dim", 128, "--cache-gb", 0.1), "the smallest bucket needs 0.13"),
         (("show", "--storage", "/nowhere.journal"), "does not exist"),
         (("report", "nothing"), "is none or several of"),
     ],

@@ -202,6 +202,22 @@ def test_curves_come_from_a_tuned_file() -> None:
     assert curve.at(0.5) == pytest.approx((90 + 95) / 2, rel=0.02)
 
 
+def test_a_curve_is_over_the_hits_that_were_planted() -> None:
+    """Of three kv groups no share of .9 or .5 can hit: all or one do."""
+    file = kernel_file(KEY, [bucket_of(1, 4096, *rated({7: FAST}))], window=512, band=256, provenance=FACTS)
+    bucket = dataclasses.replace(
+        file.buckets[0],
+        latency={hit: dataclasses.replace(file.buckets[0].ratio, value=us) for hit, us in BY_HIT.items()},
+    )
+    key = dataclasses.replace(KEY, num_qo_heads=9, num_kv_heads=3)
+    (curve,) = curves_of(dataclasses.replace(file, key=key, buckets=(bucket,)))
+    assert [hit for hit, _ in curve.points] == pytest.approx([0, 1 / 3, 1])
+    assert curve.points[1][1] == BY_HIT["0.5"] and curve.points[0][1] == BY_HIT["0"]
+
+
+BY_HIT = {"1": 10.0, "0.9": 10.0, "0.5": 30.0, "0": 31.0}
+
+
 def test_what_is_confirmed_is_spread_over_levels_of_divergence() -> None:
     from optuna.trial import create_trial
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import sys
@@ -15,6 +16,8 @@ import torch
 from mac_kernels import HeadLayout, MacConfig, PagedKV, PageTable, RingPool
 from mac_kernels.cuda import compiler, front
 from mac_kernels.launch import LaunchParams
+from mac_kernels.planning import Planned
+from mac_kernels.rope import Rope
 
 LAYOUT = HeadLayout(4, 2, 64)
 CONFIG = MacConfig(window=16, band=6, sinks=2, min_context=12)
@@ -30,6 +33,13 @@ def step(
         torch.zeros(1, layout.num_qo_heads, layout.head_dim, dtype=dtype),
         PagedKV(cache, cache, table, layout),
         rings,
+    )
+
+
+def planned(kv: PagedKV) -> Planned:
+    rope = Rope.from_inv_freq(torch.ones(32))
+    return Planned(
+        table=kv.table, layout=kv.layout, config=CONFIG, rope=rope, sm_scale=0.1, logits_soft_cap=0.0, max_kv_len=8
     )
 
 
@@ -150,22 +160,56 @@ def test_triton_serves_where_the_front_cannot_be_made(
 ) -> None:
     pytest.importorskip("triton")
     from mac_kernels.fused import FusedStep
-    from mac_kernels.planning import Planned
-    from mac_kernels.rope import Rope
 
-    def refuse(*arguments: Any) -> compiler.Kernel:
-        raise compiler.CudaError("no compiler here")
+    asked = []
 
-    monkeypatch.setattr(front, "make_kernel", refuse)
+    def missing() -> str:
+        asked.append(None)
+        return "no compiler here"
+
+    monkeypatch.setattr(compiler, "missing", missing)
     monkeypatch.setattr(front, "unsupported_device", lambda device: None)
     monkeypatch.setattr(front, "_said", set())
+    front.make_kernel.cache_clear()
     q, kv, rings = step()
-    planned = Planned(
-        table=kv.table, layout=kv.layout, config=CONFIG, rope=Rope.from_inv_freq(torch.ones(32)), sm_scale=0.1,
-        logits_soft_cap=0.0, max_kv_len=8,
-    )  # fmt: skip
     ids = torch.zeros(1, dtype=torch.int64)
     with caplog.at_level(logging.WARNING, "mac_kernels.cuda"):
-        fused = FusedStep(planned, launch=LaunchParams(cluster_size=2))
-        assert fused._bind(q, kv, rings, 0, ids, ids, torch.empty_like(q)).front is None
-    assert "no compiler here" in caplog.text
+        for _ in range(2):  # plans of two layers each
+            fused = FusedStep(planned(kv), launch=LaunchParams(cluster_size=2))
+            for _layer in range(2):
+                assert fused._bind(q, kv, rings, 0, ids, ids, torch.empty_like(q)).front is None
+    front.make_kernel.cache_clear()
+    assert len(asked) == 1 and caplog.text.count("no compiler here") == 1
+
+
+def test_with_a_cluster_size_of_0_nobody_asks_for_the_front(monkeypatch: pytest.MonkeyPatch) -> None:
+    fused = pytest.importorskip("mac_kernels.fused", reason="needs triton", exc_type=ImportError)
+    asked = []
+    monkeypatch.setattr(fused, "unsupported_front", lambda *_: asked.append(None) or "no GPU")
+    q, kv, rings = step()
+    ids = torch.zeros(1, dtype=torch.int64)
+    for launch in (LaunchParams(cluster_size=0), None):
+        bound = fused.FusedStep(planned(kv), launch=launch)._bind(q, kv, rings, 0, ids, ids, torch.empty_like(q))
+        assert bound.front is None
+    assert len(asked) == 1  # the default does
+
+
+@pytest.mark.parametrize(("compiles", "what"), [(False, "does not compile for sm_120"), (True, "too small")])
+def test_a_refusal_is_remembered(nvrtc: FakeNvrtc, monkeypatch: pytest.MonkeyPatch, compiles: bool, what: str) -> None:
+    loaded = []
+
+    def load(code: bytes, name: str, **_: Any) -> compiler.Kernel:
+        loaded.append(name)
+        raise compiler.CudaError("too small")
+
+    monkeypatch.setattr(compiler, "missing", lambda: None)
+    monkeypatch.setattr(compiler, "DriverKernel", load)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (12, 0))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    front.make_kernel.cache_clear()
+    definitions = (("CLUSTER", 1), ("THREADS", 256), ("BROKEN", int(not compiles)))
+    refusals = [front.make_kernel(definitions, 4, torch.device("cuda", 0)) for _ in range(3)]
+    front.make_kernel.cache_clear()
+    assert isinstance(refusals[0], compiler.CudaError) and what in str(refusals[0])
+    assert refusals[1] is refusals[2] is refusals[0]
+    assert len(nvrtc.compiled) == 1 and len(loaded) == int(compiles)

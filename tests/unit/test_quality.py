@@ -109,6 +109,13 @@ class TestTable:
         table.commands_path(path).unlink()
         assert table.read(path)[0].command.startswith("kl-")
 
+    def test_commands_that_cannot_be_read_are_named(self, tmp_path: Path) -> None:
+        path = tmp_path / "model.csv"
+        table.upsert(path, [row()])
+        table.commands_path(path).write_text("{")
+        with pytest.raises(InputError, match=r"model\.commands\.json cannot be read.*restore it"):
+            table.read(path)
+
     def test_another_table_is_refused(self, tmp_path: Path) -> None:
         path = tmp_path / "other.csv"
         path.write_text("a,b\n1,2\n")

@@ -16,6 +16,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from mac_autotune.limits import violations
+from mac_autotune.quality.metrics import Estimate
 from mac_kernels import (
     BatchMacDecodeWithPagedKVCacheWrapper,
     ConfigError,
@@ -341,6 +343,27 @@ def test_bundled_files_are_right() -> None:
             assert TcaBudgets.load(path).file_name == path.name
         else:
             assert tuned.load(path).key.file_name == path.name
+
+
+def test_the_policy_that_comes_along_serves_its_model_and_keeps_its_limits(tmp_path: Path) -> None:
+    smollm2 = ModelKey(
+        name="HuggingFaceTB/SmolLM2-135M-Instruct",
+        num_layers=30,
+        num_qo_heads=9,
+        num_kv_heads=3,
+        head_dim=64,
+        vocab_size=49152,
+    )
+    resolved = resolve_config(environ={}, user_dir=tmp_path, model=smollm2)
+    assert resolved.sources["influence_scale"].kind == "bundled" and resolved.config != MacConfig()
+    found = tuned.find_policy(smollm2, environ={}, user_dir=tmp_path)
+    assert found is not None and found.file.config == resolved.config
+    scores, basis = found.file.scores, found.file.provenance.basis
+    assert basis == "measured" and scores["latency_ratio"].high < 0.85
+    assert scores["kl"].value <= scores["preset_kl"].value and scores["recall"].value >= 0.95
+    kept = {name: Estimate(one.value, one.low, one.high, one.n) for name, one in scores.items()}
+    preset = {name.removeprefix("preset_"): one for name, one in kept.items() if name.startswith("preset_")}
+    assert violations("careful", kept, preset) == {}
 
 
 def test_inventory_tells_what_is_hidden(folders: dict[str, Path]) -> None:

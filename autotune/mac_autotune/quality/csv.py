@@ -104,7 +104,12 @@ def commands_path(path: Path) -> Path:
 
 def _read_commands(path: Path) -> dict[str, str]:
     commands = commands_path(path)
-    return dict(json.loads(commands.read_text(encoding="utf-8"))) if commands.exists() else {}
+    if not commands.exists():
+        return {}
+    try:
+        return dict(json.loads(commands.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise InputError(f"{commands} cannot be read ({error}); restore it or choose another --output") from None
 
 
 def _write_commands(path: Path, rows: Iterable[Row]) -> None:
