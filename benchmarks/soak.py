@@ -210,10 +210,11 @@ def _judge(reply: Reply, reference: Reference, asked: int, tally: Tally, tie: fl
     tally.outcomes[outcome] += 1
     if outcome == "WRONG":
         same = agreement(reply.output_ids, reference.tokens)
-        found = [f"is {reference.gap(same, token):.2f} nats behind the best" for token in reply.output_ids[same:]]
+        found = "is missing"
+        if same < len(reply.output_ids):
+            found = f"is {reference.gap(same, reply.output_ids[same]):.2f} nats behind the best"
         tally.wrong.append(
-            f"prompt of {len(reference.prompt)} ({reply.meta['cached_tokens']} cached): token {same} of {asked} "
-            f"{found[0] if found else 'is missing'}"
+            f"prompt of {len(reference.prompt)} ({reply.meta['cached_tokens']} cached): token {same} of {asked} {found}"
         )
 
 

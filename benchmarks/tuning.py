@@ -13,6 +13,7 @@ import multiprocessing
 import random
 import re
 import statistics
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -26,13 +27,13 @@ from mac_autotune.compile import Job, compile_pool, submit
 from mac_autotune.errors import ExportRefused
 from mac_autotune.export import Rated, bucket_of, rate, write
 from mac_autotune.kernel import CONFIG, HIT_RATES, Bench, make_store, unusable
-from mac_autotune.latency import PLANTED_LAG, planted_share
+from mac_autotune.latency import PLANTED_LAG
 from mac_autotune.rounds import gpu_turn
 from mac_autotune.study import StudyPlan
 from mac_autotune.tune_kernel import KernelTask, compile_jobs, kernel_file_of, line, search
 from mac_kernels import HeadLayout
 from mac_kernels.launch import LaunchParams, default_launch
-from mac_kernels.tuned import Bucket
+from mac_kernels.tuned import Bucket, planted_share
 
 from . import results
 
@@ -48,6 +49,7 @@ POLICY_CONFIGS = ((512, 256), (256, 512), (1024, 512), (512, 512), (1024, 256))
 _SMOLLM2_CONTEXT = 8192  # all that a model of this layout reads
 _FINALISTS = 10
 _LEFT_S = 12.0  # a bucket begun with less time would be cut
+_TRITON = -1000  # the defaults without the CUDA front: neither a trial's number nor that of a drawn point
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,9 +154,6 @@ def tune_layout(run: Run, layout: str, facts: results.Row) -> None:
         torch.cuda.empty_cache()
 
 
-_TRITON = -1000  # neither a trial's number nor that of a drawn point
-
-
 def time_policies(run: Run, facts: results.Row) -> None:
     """Steps of the defaults under several windows and bands: what the policies of a model are compared by."""
     task = run.task(POLICY_LAYOUT)
@@ -211,8 +210,8 @@ def policy_jobs(run: Run) -> list[Job]:
     return jobs
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Tune and compare all layouts asked for."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Tune and compare all layouts asked for; 1 if a process failed."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--layouts", default=",".join(LAYOUTS), help="Hq/HkvxD or policies, separated by commas")
     parser.add_argument("--trials", type=int, default=64)
@@ -235,7 +234,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         jobs = policy_jobs(run) if name == POLICIES else compile_jobs(run.task(name).problems(), 0)
         pending[name] = [future for job in jobs for future in submit(pool, job)]
 
-    def one(name: str) -> None:
+    def one(name: str) -> int:
         wait(pending[name], timeout=max(0.0, run.until - time.time()))
         errors = {str(f.exception()) for f in pending[name] if f.done() and f.exception()}
         refused = sum(f.result() for f in pending[name] if f.done() and not f.exception())
@@ -245,11 +244,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         process.start()
         process.join()
         print(f"{name}: exit {process.exitcode} at {time.perf_counter() - begin:.0f} s", flush=True)
+        return process.exitcode or 0
 
     with ThreadPoolExecutor(args.beside) as lanes:
-        list(lanes.map(one, pending))
+        failed = any(list(lanes.map(one, pending)))
     pool.shutdown(wait=False, cancel_futures=True)
+    return int(failed)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

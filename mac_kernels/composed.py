@@ -16,7 +16,7 @@ from .complete.triton import complete_kernel
 from .config import MacConfig
 from .errors import InputError
 from .fused import Arguments, FusedStep, kv_arguments, ring_arguments, taken_by
-from .launch import LaunchParams, default_launch
+from .launch import LaunchParams, default_launch, is_small
 from .match.triton_decide import decide_kernel
 from .match.triton_scan import scan_kernel
 from .paged import PagedKV, RowTable, Table
@@ -86,7 +86,7 @@ class ComposedStep(FusedStep):
         self._tiles = most_tiles(batch, layout.num_kv_heads, self.programs)
         places = self._tiles * layout.num_kv_heads
         self._rest_ranges = Ranges(ints(places, 4), ints(places, layout.group_size), layout.group_size)
-        self._rest_ranges.bounds[:, 2] = torch.arange(places, dtype=torch.int32)
+        self._rest_ranges.bounds[:, 2] = torch.arange(places, dtype=torch.int32, device=device)
         self._tile_lse = torch.zeros(self._tiles, layout.num_qo_heads, device=device)
         self._spare_lse = torch.zeros_like(self._tile_lse)
         self._table_begin = ints(batch)
@@ -240,11 +240,6 @@ class ComposedStep(FusedStep):
             tiles=bind(tiles_kernel, _TILE_WARPS),
             complete=bind(complete_kernel, launch.complete_warps),
         )
-
-
-def is_small(num_groups: int, num_sms: int) -> bool:
-    """Whether the kernels of a batch leave most SMs idle, so that a step takes the time of its longest programs."""
-    return num_groups * 4 <= num_sms
 
 
 def composed_launch(num_groups: int, config: MacConfig, num_sms: int, page_size: int, *, small: bool) -> LaunchParams:

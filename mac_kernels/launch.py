@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from .config import MacConfig
 
 _NUMBERS_PER_THREAD = 64  # of nominated rows
-_LONG_PAGES = 16  # tokens: a look-up in the page table serves half a tile of 32 KiB
+_LONG_PAGES = 16  # tokens, measured beside 1: with shorter pages a tile waits for more look-ups, so it must be larger
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,7 +19,8 @@ class LaunchParams:
     values at once. Complete: ``block_parts`` parts of a head merged at once. Warps and stages as in Triton.
 
     Where the CUDA front can serve, it replaces scout and decide: ``cluster_size`` blocks (1, 2, 4 or 8) of
-    ``front_warps`` warps (4 or 8) per kv group; with 0 it is never used.
+    ``front_warps`` warps (4 or 8) per kv group. With 0, also where a call or a file leaves it out, it is never used;
+    :func:`default_launch` asks for it.
     """
 
     splits: int = 1
@@ -38,11 +39,16 @@ class LaunchParams:
     front_warps: int = 8
 
 
+def is_small(num_groups: int, num_sms: int) -> bool:
+    """Whether the kernels of a batch leave most SMs idle, so that a step takes the time of its longest programs."""
+    return num_groups * 4 <= num_sms
+
+
 def default_launch(num_groups: int, config: MacConfig, num_sms: int, page_size: int) -> LaunchParams:
     """Choose for a batch by its number of kv groups; measured on an H100 with D 128 and bf16.
 
     The first launch gets up to three programs per SM, at least 32 band tokens each. With few groups a miss is cut into
-    many parts: then one program per SM with larger tiles leaves fewer to merge, and more of them are merged at once.
+    many parts: then one program per SM leaves fewer to merge, and more of them are merged at once.
     The front gets as large clusters as still run all at once, with room left for the SMs that a cluster cannot use.
     """
     most = max(1, min(8, config.band // 32))
@@ -52,7 +58,7 @@ def default_launch(num_groups: int, config: MacConfig, num_sms: int, page_size: 
     cluster_size = next(
         (size for size in (8, 4) if num_groups * size * 2 <= num_sms), 2 if num_groups * 2 <= num_sms else 1
     )
-    if num_groups * 4 <= num_sms:
+    if is_small(num_groups, num_sms):
         return LaunchParams(
             cluster_size=cluster_size,
             splits=splits,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import enum
 import json
-import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,6 +11,8 @@ from typing import Annotated, Any
 import typer
 
 from mac_kernels import ConfigError, InputError, MissingError
+
+from .command import command_line
 
 tune_command = typer.Typer(no_args_is_help=True, help="Tune launch parameters for a GPU, or a policy for a model.")
 
@@ -97,7 +98,7 @@ def kernel(
         plan=StudyPlan(
             name=study or "", storage=storage, trials=trials, timeout_s=timeout, sampler=sampler.value, seed=seed
         ),
-        command=_command(),
+        command=command_line("tune"),
     )
     if dry_run:
         steps = [f"{len(task.problems())} studies of {trials} trials: {', '.join(map(str, task.problems()))}"]
@@ -182,7 +183,7 @@ def policy(
         ),
         top=top,
         device=device,
-        command=_command(),
+        command=command_line("tune"),
     )
     if dry_run:
         steps = [f"record {len(chosen)} texts, replay {trials} trials, confirm {top} and the preset in a closed loop"]
@@ -239,20 +240,6 @@ def _need_optuna() -> None:
         import optuna  # noqa: F401  # only whether it is there
     except ImportError:
         raise MissingError('tune needs optuna; install it with: pip install "mac-kernels[tune,demo]"') from None
-
-
-def _command() -> str:
-    """The command as anybody could give it: without the folders of this machine."""
-    kept: list[str] = []
-    arguments = iter(sys.argv[1:])
-    for argument in arguments:
-        name, _, value = argument.partition("=")
-        if name in ("--output", "--storage", "--device"):
-            next(arguments, None) if not value else None
-        elif argument != "--json":
-            kept.append(Path(argument).name if Path(argument).exists() else argument)
-    program = Path(sys.argv[0]).name
-    return shlex.join([program if program in ("mac-kernels", "mac-autotune") else "mac-kernels", *kept])
 
 
 def _say(message: str) -> None:

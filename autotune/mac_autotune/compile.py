@@ -16,6 +16,10 @@ from mac_kernels.launch import LaunchParams
 from .kernel import CONFIG, Problem, unusable
 
 Progress = Callable[[int, int], None]
+_PIECE = 3  # launch parameters that a process is handed at once
+_TOKENS = 64  # of the step that is compiled; the context is not compiled in
+_STEP: dict[tuple[str, MacConfig], Callable[[LaunchParams], None]] = {}
+"""In a worker: the step of the problem that it compiled last."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,10 +63,6 @@ def submit(pool: ProcessPoolExecutor, job: Job) -> list[Future[int]]:
     """Hand a job to the pool in small pieces; each yields how many launch parameters do not fit."""
     pieces = [job.launches[first : first + _PIECE] for first in range(0, len(job.launches), _PIECE)]
     return [pool.submit(_compile, job.problem, piece, job.config) for piece in pieces]
-
-
-_PIECE = 3
-_STEP: dict[tuple[str, MacConfig], Callable[[LaunchParams], None]] = {}
 
 
 def _compile(problem: Problem, launches: Sequence[LaunchParams], config: MacConfig) -> int:
@@ -122,6 +122,3 @@ def _small_step(problem: Problem, config: MacConfig, device: str = "cuda") -> Ca
             torch.cuda.synchronize()
 
     return run
-
-
-_TOKENS = 64

@@ -17,8 +17,9 @@ from mac_kernels.cuda.front import unsupported_front
 from mac_kernels.launch import LaunchParams, default_launch
 from mac_kernels.testing.scenario import PagedStore, Scenario, plant_step, random_store
 from mac_kernels.testing.timing import Timing
+from mac_kernels.tuned import planted_share
 
-from .latency import PLANTED_LAG, planted_share
+from .latency import PLANTED_LAG
 from .objective import Measured, Report
 from .rounds import Round, Rounds, gpu_turn
 from .space import LaunchSpace, Suggest

@@ -111,19 +111,12 @@ def _octaves(a: int, b: int) -> float:
     return abs(math.log2(a / b))
 
 
-def planted_share(hit: float, groups: int) -> float:
-    """The share of kv groups that hit where a hit rate was planted: of 3 groups all (.9) or one (.5)."""
-    return 1 - round((1 - hit) * groups) / groups
-
-
 def curves_of(file: KernelFile) -> tuple[Curve, ...]:
     """The curves that a tuned kernel file carries."""
-    curves = []
-    for bucket in file.buckets:
-        groups = bucket.batch * file.key.num_kv_heads
-        points = {planted_share(float(hit), groups): score.value for hit, score in bucket.latency.items()}
-        curves.append(Curve(bucket.batch, bucket.context, file.window, file.band, tuple(sorted(points.items()))))
-    return tuple(curves)
+    return tuple(
+        Curve(bucket.batch, bucket.context, file.window, file.band, bucket.curve(file.key.num_kv_heads))
+        for bucket in file.buckets
+    )
 
 
 def curves_in(table: Path, layout: HeadLayout) -> tuple[Curve, ...]:

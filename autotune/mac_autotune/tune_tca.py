@@ -23,7 +23,7 @@ from .quality.suites import Bench
 from .replay import full_attention
 from .study import StudyPlan, run_study
 from .tca_objective import Calibrated, TcaObjective
-from .traces import Trace, load_trace, record, save_trace, trace_path
+from .traces import trace_of_text
 
 Say = Callable[[str], None]
 
@@ -92,8 +92,18 @@ def tune_tca(task: TcaTask, bench: Bench, calibrated: Calibrated, say: Say) -> t
     InputError
         If the prompts are too short for the windows of the context.
     """
-    sizes = {"prompt": task.prompt_tokens, "steps": task.tokens, "max_layers": task.layers}
-    traces = [trace_of_text(bench, name, f"{task.name} tca", **sizes, say=say) for name in task.names]
+    traces = [
+        trace_of_text(
+            bench,
+            name,
+            f"{task.name} tca",
+            prompt=task.prompt_tokens,
+            steps=task.tokens,
+            max_layers=task.layers,
+            say=say,
+        )
+        for name in task.names
+    ]
     objective = TcaObjective(
         task.base, [(trace, full_attention(trace)) for trace in traces], calibrated, context=task.context
     )

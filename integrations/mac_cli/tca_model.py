@@ -5,12 +5,9 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import os
-import shlex
-import sys
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mac_kernels import InputError, MissingError
@@ -91,6 +88,7 @@ class Loaded:
         read: list[torch.Tensor],
     ) -> TcaBudgets:
         """What a calibration found by reading some passages of these texts."""
+        from mac_autotune.command import command_line
         from mac_kernels.tca import TcaBudgets
         from mac_kernels.tca.budgets import CalibrationRun
 
@@ -100,7 +98,7 @@ class Loaded:
             tokens=len(read[0]),
             versions={name: version(name) for name in _PACKAGES},
             date=datetime.datetime.now(datetime.UTC).date().isoformat(),
-            command=_command(),
+            command=command_line("tca"),
         )
         return TcaBudgets(key=self.key, config=config, measure=measure, retained=retained, run=run)
 
@@ -110,8 +108,3 @@ def config_of(**values: Any) -> TcaConfig:
     from mac_kernels.tca import TcaConfig
 
     return TcaConfig.from_dict(values, source="tca")
-
-
-def _command() -> str:
-    """The command line without the paths of this machine."""
-    return shlex.join(["mac-kernels", *(Path(arg).name if "/" in arg else arg for arg in sys.argv[1:])])

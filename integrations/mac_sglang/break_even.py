@@ -77,8 +77,7 @@ def describe(device: torch.device, layout: HeadLayout, *, dtype: torch.dtype, pa
     for context in sorted({min(SHORT, context_len), context_len}):
         measured = None
         if found is not None and found.file.coverage.missing(1, context) is None:
-            latency = found.file.nearest(1, context).latency
-            measured, tuned = sorted((float(hit), score.value) for hit, score in latency.items()), True
+            measured, tuned = found.file.nearest(1, context).curve(layout.num_kv_heads), True
         rate = break_even(
             layout,
             batch=1,

@@ -35,8 +35,8 @@ class TcaCache(DynamicCache):
     model_config : PreTrainedConfig
         ``model.config``.
     config : TcaConfig, optional
-        Default: what the budgets were calibrated for, at the default ``mass_target``. In the mode ``"evict"`` a later
-        prompt is read token by token with what was kept of the earlier ones, and rows cannot be reordered or cropped.
+        Default: that of the budgets, their ``mass_target`` included. In the mode ``"evict"`` a later prompt is read
+        token by token with what was kept of the earlier ones, and rows cannot be reordered or cropped.
     budgets : TcaBudgets, optional
         Default: those that :func:`mac_kernels.tca.find_budgets` finds for this model.
 

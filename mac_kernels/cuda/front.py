@@ -91,34 +91,37 @@ def unsupported_device(device: torch.device) -> str | None:
     if device.type != "cuda":
         return f"device {device.type} (an NVIDIA GPU)"
     if torch.cuda.get_device_capability(device) < (9, 0):
-        return f"{torch.cuda.get_device_name(device)} (needs thread block clusters, compute capability 9.0)"
+        return f"{torch.cuda.get_device_name(device)} (needs thread block clusters, compute capability 9.0 or newer)"
     return None
 
 
 @functools.lru_cache(maxsize=256)
-def make_kernel(definitions: tuple[tuple[str, int], ...], groups: int, device: torch.device) -> compiler.Kernel:
-    """Compile and load the front of so many kv groups; the layers of a model share it.
+def make_kernel(
+    definitions: tuple[tuple[str, int], ...], groups: int, device: torch.device
+) -> compiler.Kernel | compiler.CudaError:
+    """Compile and load the front of so many kv groups, or tell why it cannot be; the layers of a model share either.
 
-    Raises
-    ------
-    CudaError
-        If it cannot be compiled, or a block of this device is too small for it.
+    A refusal is returned, not raised, because only what is returned is remembered: it would be tried again for every
+    layer of every plan.
     """
     if reason := compiler.missing():
-        raise compiler.CudaError(reason)
+        return compiler.CudaError(reason)
     major, minor = torch.cuda.get_device_capability(device)
     constants = dict(definitions)
-    code = compiler.compiled("front.cu", definitions, f"sm_{major}{minor}")
-    with torch.cuda.device(device):  # whose context the driver takes
-        return compiler.DriverKernel(
-            code,
-            "front",
-            blocks=groups * constants["CLUSTER"],
-            threads=constants["THREADS"],
-            cluster=constants["CLUSTER"],
-            overlaps=True,
-            device=device,
-        )
+    try:
+        code = compiler.compiled("front.cu", definitions, f"sm_{major}{minor}")
+        with torch.cuda.device(device):  # whose context the driver takes
+            return compiler.DriverKernel(
+                code,
+                "front",
+                blocks=groups * constants["CLUSTER"],
+                threads=constants["THREADS"],
+                cluster=constants["CLUSTER"],
+                overlaps=True,
+                device=device,
+            )
+    except compiler.CudaError as error:
+        return error.with_traceback(None)  # which would keep the frames
 
 
 class Front:
@@ -171,10 +174,9 @@ def bind_front(
         "PAGE_64": int(tensors["page_ptr"].dtype == torch.int64),
         "LENGTH_64": int(tensors["length_ptr"].dtype == torch.int64),
     }
-    try:
-        kernel = make_kernel(tuple(definitions.items()), values["num_groups"], q.device)
-    except compiler.CudaError as error:
-        say_unused(str(error), level=logging.WARNING)
+    kernel = make_kernel(tuple(definitions.items()), values["num_groups"], q.device)
+    if isinstance(kernel, compiler.CudaError):
+        say_unused(str(kernel), level=logging.WARNING)
         return None
     arguments = FrontArguments()
     for name, tensor in tensors.items():

@@ -27,11 +27,12 @@ from .schema import (
     from_json,
     kind_of,
     launch_problems,
+    planted_share,
     to_json,
 )
 
 __all__ = [
     "Bucket", "Coverage", "Found", "KernelFile", "KernelKey", "LaunchChoice", "ModelKey", "PolicyFile", "Provenance",
     "SCHEMA_VERSION", "Score", "TunedFile", "choose_launch", "find_kernel", "find_policy", "forget", "from_json",
-    "inventory", "kind_of", "launch_for", "launch_problems", "load", "save", "to_json", "tune_command",
+    "inventory", "kind_of", "launch_for", "launch_problems", "load", "planted_share", "save", "to_json", "tune_command",
 ]  # fmt: skip

@@ -128,6 +128,16 @@ class Bucket:
     ratio: Score
     latency: Mapping[str, Score]
 
+    def curve(self, num_kv_heads: int) -> tuple[tuple[float, float], ...]:
+        """Hit rates, as shares of the kv groups that there are, and us of a step, from no hit to all."""
+        groups = self.batch * num_kv_heads
+        return tuple(sorted({planted_share(float(hit), groups): us.value for hit, us in self.latency.items()}.items()))
+
+
+def planted_share(hit: float, groups: int) -> float:
+    """The share of kv groups that hit where a hit rate was planted: of 3 groups all (.9) or one (.5)."""
+    return 1 - round((1 - hit) * groups) / groups
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KernelFile:

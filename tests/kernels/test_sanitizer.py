@@ -10,6 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from mac_kernels.cuda.front import unsupported_device
 
 SANITIZER = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
 SCRIPT = Path(__file__).parent / "sanitized_steps.py"
@@ -26,6 +29,8 @@ REPORT = re.compile(
 def test_kernels_are_clean(tool: str, kernels: str) -> None:
     if kernels == "flashinfer":
         pytest.importorskip("flashinfer", reason="needs FlashInfer (extra flashinfer)")
+    if kernels == "front" and (reason := unsupported_device(torch.device("cuda", 0))):
+        pytest.skip(reason)
     # without PyTorch's cache every tensor is its own allocation, so that what lies beyond it belongs to nobody
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     done = subprocess.run(

@@ -11,6 +11,7 @@ import torch
 
 from benchmarks import results
 from mac_kernels import HeadLayout
+from mac_kernels.tuned import Bucket, Score
 from mac_sglang import break_even as module
 from mac_sglang.break_even import MISS_US, break_even, describe
 
@@ -77,18 +78,26 @@ def test_the_line_names_a_figure_and_its_source(monkeypatch: pytest.MonkeyPatch)
     where = {"dtype": torch.bfloat16, "page_size": 1, "context_len": 131_072}
     line = describe(torch.device("cuda"), G4, **where)
     assert "about 0.23 at 32768 tokens" in line and "at 131072 tokens" in line and "estimated" in line
+    latency = {"1": us(20.0), "0": us(20.0 + MISS_US * 4)}
     found = SimpleNamespace(
         path=Path("tuned.json"),
         file=SimpleNamespace(
             coverage=SimpleNamespace(missing=lambda batch, context: None),
-            nearest=lambda batch, context: SimpleNamespace(
-                latency={"1": SimpleNamespace(value=20.0), "0": SimpleNamespace(value=20.0 + MISS_US * 4)}
+            nearest=lambda batch, context: Bucket(
+                batch=batch, context=context, trial=0, launch=None, ratio=us(1.0), latency=latency
             ),
         ),
     )
     monkeypatch.setattr(module, "find_kernel", lambda key: found)
     line = describe(torch.device("cuda"), G4, **where)
     assert "about 0.25 at 32768 tokens, about 0.25 at 131072 tokens" in line and "from tuned.json" in line
+    latency["0.9"] = us(20.0)  # of two groups both hit where .9 was planted
+    line = describe(torch.device("cuda"), HeadLayout(8, 2, 128), **where)
+    assert "about 0.25 at 32768 tokens" in line
+
+
+def us(value: float) -> Score:
+    return Score(value=value, low=value, high=value, unit="us", n=1)
 
 
 def test_no_figure_without_a_gpu() -> None:

@@ -20,7 +20,8 @@ from typer.testing import CliRunner
 
 from benchmarks import results, tuning
 from mac_autotune import tune_kernel
-from mac_autotune.cli import _command, tune_command
+from mac_autotune.cli import tune_command
+from mac_autotune.command import command_line
 from mac_autotune.errors import ExportRefused
 from mac_autotune.kernel import Problem
 from mac_autotune.rounds import gpu_turn
@@ -161,4 +162,11 @@ def test_the_command_in_a_file_has_no_folder_of_this_machine(tmp_path: Path, mon
         "3",
     ]
     monkeypatch.setattr("sys.argv", ["/usr/bin/mac-kernels", "tune", *given, "--json"])
-    assert _command() == "mac-kernels tune policy --model m.gguf --top 3"
+    tuned = "mac-kernels tune policy --model m.gguf --top 3"
+    assert command_line("tune") == tuned
+    monkeypatch.setattr("sys.argv", ["/usr/bin/mac-autotune", *given])
+    assert command_line("tune") == tuned
+    rules = "careful " * 100
+    hub = ["--model", "owner/name", f"--scale={tmp_path}/s.json", "--configs", rules]
+    monkeypatch.setattr("sys.argv", ["__main__.py", "kl", *hub])
+    assert command_line("eval") == f"mac-kernels eval kl --model owner/name --scale=s.json --configs '{rules}'"

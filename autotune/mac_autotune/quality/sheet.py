@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import json
 import re
-import shlex
 import subprocess
 import sys
 import time
@@ -23,6 +22,7 @@ from mac_kernels import InputError
 from mac_transformers.batch import FULL
 from mac_transformers.weights import find_weights
 
+from ..command import command_line
 from .csv import Row, read, upsert
 from .recall import Nomination
 from .suites import Answer, Bench, Cell
@@ -134,7 +134,7 @@ class Sheet:
                 n=estimate.n,
                 commit=_commit(),
                 date=datetime.date.today().isoformat(),
-                command=_command(),
+                command=command_line("eval"),
             )
 
 
@@ -201,9 +201,3 @@ def _commit() -> str:
     except OSError:
         return "unknown"
     return found.stdout.strip() or "unknown"
-
-
-def _command() -> str:
-    """The command line without the paths of this machine."""
-    args = sys.argv[2:] if sys.argv[1:2] == ["eval"] else sys.argv[1:]  # run as mac-kernels or as a module
-    return shlex.join(["mac-kernels", "eval", *(Path(arg).name if "/" in arg else arg for arg in args)])
