@@ -10,8 +10,8 @@ from benchmarks.sglang_latency import LLAMA_8B, LLAMA_70B
 
 H200 = 4.3e6
 
-# Measured with tiles of 32 KiB at pages of one token, which take 1.2 times as long (mac_sglang/README.md, "Measured"); the
-# model speaks of the tiles that are the default there since. To be measured again, then this goes.
+# Measured with tiles of 32 KiB at pages of one token, which take 1.2 times as long (mac_sglang/README.md, "Measured");
+# the model speaks of the tiles that are the default there since. To be measured again, then this goes.
 MEASURED_WITH_A_FAULT = ("61f9548", "never-hit")
 
 
