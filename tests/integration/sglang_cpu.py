@@ -20,7 +20,6 @@ import torchvision_ops  # noqa: F401  # imported for what it registers
 
 
 def _work_around() -> None:
-    import torch
     from sglang.srt.layers.rotary_embedding import base
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
@@ -28,7 +27,12 @@ def _work_around() -> None:
     # 0.5.17 decides by the backend's name whether its Triton helpers can run
     HookRegistry.register("sglang.srt.utils.common.support_triton", lambda original, name: False, HookType.AROUND)
     HookRegistry.apply_hooks()
-    # LoRA's layers pin what they copy to a GPU
+
+
+def pin_nothing() -> None:
+    """For LoRA, whose layers pin what they copy to a GPU; only in a server, as other libraries would see it, too."""
+    import torch
+
     torch.Tensor.pin_memory = lambda tensor, device=None: tensor
     torch.tensor, torch.zeros = _unpinned(torch.tensor), _unpinned(torch.zeros)
 

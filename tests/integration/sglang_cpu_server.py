@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import sys
 
-import sglang_cpu  # noqa: F401  works around what keeps SGLang from a CPU, here and in the processes that it spawns
+import sglang_cpu  # works around what keeps SGLang from a CPU, here and in the processes that it spawns
+
+sglang_cpu.pin_nothing()
 
 if __name__ == "__main__":
     from sglang.launch_server import run_server
