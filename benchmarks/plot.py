@@ -21,27 +21,24 @@ _COLOURS = ("#777777", "#3b7dd8", "#d8573b")
 def speedups(rows: list[results.Row], context: str) -> dict[tuple[str, str], list[tuple[float, float]]]:
     """Points (hit rate, speedup of p50 latency) by (heads per kv head, batch); scattered misses, lag 64.
 
-    The baseline is that of the row's own run; where the table lacks it, the fastest of the same shape and commit.
+    The baseline is that of the row's own run; a row without one is left out.
     """
     wanted = {"metric": "latency", "context": context, "lag": "64", "miss_pattern": "scattered"}
     mac: dict[tuple[str, ...], float] = {}
-    own: dict[tuple[str, ...], float] = {}
-    others: dict[tuple[str, ...], list[float]] = defaultdict(list)
+    full: dict[tuple[str, ...], float] = {}
     for row in rows:
         if not wanted.items() <= row.items():
             continue
         group = str(int(row["hq"]) // int(row["hkv"]))
         shape, p50 = (group, row["batch"], row["hit_rate"], row["commit"]), float(row["p50"])
-        if row["provider"] == "flashinfer-tc":
-            others[shape].append(p50)
-            if row["config"] == _BESIDE:
-                own[shape] = p50
+        if (row["provider"], row["config"]) == ("flashinfer-tc", _BESIDE):
+            full[shape] = p50
         elif (row["backend"], row["config"]) == _DRAWN:
             mac[shape] = p50
     points = defaultdict(list)
     for shape, ours in mac.items():
-        if others[shape]:
-            points[shape[:2]].append((float(shape[2]), own.get(shape, min(others[shape])) / ours))
+        if shape in full:
+            points[shape[:2]].append((float(shape[2]), full[shape] / ours))
     return {key: sorted(values) for key, values in points.items()}
 
 

@@ -69,7 +69,7 @@ def test_the_error_is_that_of_attention_to_what_was_selected(trace: Trace) -> No
 
 def test_prompts_without_a_far_region_are_refused(trace: Trace) -> None:
     with pytest.raises(InputError, match="nothing far"):
-        TcaObjective(CONFIG, [(trace, full_attention(trace))], lambda config: None, context=8192)  # type: ignore[arg-type,return-value]  # never asked
+        TcaObjective(CONFIG, [(trace, full_attention(trace))], lambda config: None, context=8192)  # never asked
 
 
 def test_windows_are_whole_blocks_up_to_the_published_one() -> None:

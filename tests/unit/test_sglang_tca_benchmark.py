@@ -55,7 +55,7 @@ def measure(
     prompts = sglang_tca._prompts(args, vocab=1000)
     for launch, server in zip(sglang_tca._launches(args, tmp_path, LLAMA_8B), servers, strict=True):
         monkeypatch.setattr(sglang_tca, "counted", server.counted)
-        wrong |= asyncio.run(sglang_tca._one(server, launch, measured, prompts, args))  # type: ignore[arg-type]
+        wrong |= asyncio.run(sglang_tca._one(server, launch, measured, prompts, args))
     return measured, wrong, args
 
 
@@ -83,7 +83,7 @@ def test_a_prompt_that_was_cached_is_refused(monkeypatch: pytest.MonkeyPatch, tm
     prompts = sglang_tca._prompts(args, vocab=1000)
     server.known.add(tuple(prompts[-1]))
     with pytest.raises(WrongResultError, match="were cached"):
-        asyncio.run(sglang_tca._measure(server, sglang_tca._launches(args, tmp_path, LLAMA_8B)[0], prompts, args))  # type: ignore[arg-type]
+        asyncio.run(sglang_tca._measure(server, sglang_tca._launches(args, tmp_path, LLAMA_8B)[0], prompts, args))
 
 
 def test_only_the_exact_answer_of_a_sparse_server_is_asked_for_exactly(
