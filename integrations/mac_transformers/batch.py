@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping
 
@@ -13,6 +14,7 @@ from mac_kernels import HeadLayout, PagedKV, PageTable, Rope, StepTrace, fill_ri
 from mac_kernels.support import resolve_backend
 
 from .block import Block, Seen
+from .branches import Branches
 from .intercept import AttentionHandler
 from .policies import Dense, Mac, Policy, Stored, Tca, config_rows
 from .rope import ModelRope
@@ -60,6 +62,7 @@ class DecodeBatch:
         self._dense = dense
         self.stored = [(policy, self._rows(name)) for name, policy in dense.items() if isinstance(policy, Stored)]
         self.blocks = [self._block(call, num_layers) for call in calls]
+        self.branches = Branches(device, len(self.blocks))
         self.tca = [
             TcaRows(policy, self._rows(name), layout=layout, num_layers=num_layers, length=self.length, device=device)
             for name, policy in tca.items()
@@ -341,13 +344,15 @@ class _Decode:
                 cache[rows].index_copy_(2, batch.position, policy.round(new[rows]))
         q = q[:, :, 0].contiguous()
         out, rope = torch.empty_like(q), batch.rope(module)
-        for block in batch.blocks:
-            kv = batch.paged(layer, block.rows, block.table)
-            block.step(q[block.rows], out[block.rows], kv, layer=layer, rope=rope, sm_scale=sm_scale)
+        dense = slice(0, len(batch.keep))
+        with batch.branches.forked() as contexts:
+            for block, context in zip(batch.blocks, itertools.cycle(contexts)):
+                kv = batch.paged(layer, block.rows, block.table)
+                with context:
+                    block.step(q[block.rows], out[block.rows], kv, layer=layer, rope=rope, sm_scale=sm_scale)
+            out[dense] = batch.attend_dense(q[dense], layer, sm_scale)
         for sparse in batch.tca:
             kv = batch.paged(layer, sparse.rows, batch.sparse_table)
             sparse.step(q[sparse.rows], out[sparse.rows], kv, layer=layer, sm_scale=sm_scale)
-        dense = slice(0, len(batch.keep))
-        out[dense] = batch.attend_dense(q[dense], layer, sm_scale)
         batch.note(layer, q, out, sm_scale)
         return out[:, None]
