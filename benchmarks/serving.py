@@ -41,19 +41,20 @@ Started = Server | ServerDiedError
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """How to start a server: name for the table, attention backend, MAC's config (if it is one), arguments."""
+    """How to start a server: name for the table, attention backend, MAC's config (if it is one), arguments, ranks."""
 
     name: str
     attention_backend: str
     model: Path
     config: Mapping[str, Any] | None = None
     arguments: tuple[str, ...] = ()
+    tp: int = 1
 
     def command(self, port: int, nccl_port: int) -> list[str]:
         """Return the command line."""
         ports = ("--port", str(port), "--nccl-port", str(nccl_port))
-        chosen = ("--model-path", str(self.model), "--attention-backend", self.attention_backend, *ports)
-        return [sys.executable, "-m", "sglang.launch_server", *chosen, "--enable-metrics", *self.arguments]
+        chosen = ("--model-path", str(self.model), "--attention-backend", self.attention_backend, "--tp", str(self.tp))
+        return [sys.executable, "-m", "sglang.launch_server", *chosen, *ports, "--enable-metrics", *self.arguments]
 
 
 @contextlib.asynccontextmanager

@@ -170,14 +170,13 @@ async def run(args: argparse.Namespace, output: Path) -> int:
 
 
 def _launches(args: argparse.Namespace, model: Path) -> list[Launch]:
-    arguments = ("--load-format", "dummy", "--skip-tokenizer-init", "--tp", str(args.tp), *args.server_args)
-    baseline = Launch(args.baseline, args.baseline, model, None, arguments)
-    mac = [
-        Launch(
-            name, "mac", model, {"preset": "careful", "mac": MAC_CONFIGS[name][0], "serving": args.serving}, arguments
-        )
+    arguments = ("--load-format", "dummy", "--skip-tokenizer-init", *args.server_args)
+    baseline = Launch(args.baseline, args.baseline, model, None, arguments, tp=args.tp)
+    configs = {
+        name: {"preset": "careful", "mac": MAC_CONFIGS[name][0], "serving": args.serving}
         for name in args.configs.split(",")
-    ]
+    }
+    mac = [Launch(name, "mac", model, config, arguments, tp=args.tp) for name, config in configs.items()]
     return [baseline, *mac, *([baseline] if args.repeat_baseline else [])]
 
 

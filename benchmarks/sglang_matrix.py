@@ -1,4 +1,4 @@
-"""Every kind of server once: KV in fp8, other page sizes, the audit inside graphs, prefill graphs; a real model.
+"""Every kind of server once: fp16, KV in fp8, other page sizes, the audit in graphs, prefill graphs; a real model.
 
 Each server has to give the baseline's tokens to exact requests, up to ties, and with the preset ``fast`` to hit, and to
 restore rings from the prefix cache.
@@ -40,16 +40,21 @@ _MOST_ERROR = 0.5  # mean relative error that an audit may find under `fast`; a 
 
 @dataclass(frozen=True, slots=True)
 class Combination:
-    """Arguments of a server, arguments that it must not have, and more of MAC's section ``serving``."""
+    """Arguments of a server, arguments that it must not have, and more of MAC's section ``serving``.
+
+    ``dtype``: of keys and values, if it is not bf16; a baseline of the same dtype then says what is right.
+    """
 
     arguments: tuple[str, ...] = ()
     without: tuple[str, ...] = ()
     serving: Mapping[str, Any] = field(default_factory=dict)
+    dtype: str = ""
 
 
 COMBINATIONS = {
     "plain": Combination(),
-    "fp8": Combination(("--kv-cache-dtype", "fp8_e4m3")),
+    "fp8": Combination(("--kv-cache-dtype", "fp8_e4m3"), dtype="fp8_e4m3"),
+    "fp16": Combination(("--dtype", "float16"), dtype="float16"),
     "page-16": Combination(("--page-size", "16")),
     "page-64": Combination(("--page-size", "64")),
     "audit": Combination(serving={"audit_rate": 0.2}),
@@ -81,29 +86,43 @@ async def run(args: argparse.Namespace, output: Path) -> int:
         length, step = args.prompt_tokens, len(tokens) // args.prompts
         prompts = [tokens[at * step : at * step + length] for at in range(args.prompts)]
         names = args.combinations.split(",")
-        baselines = {"plain": args.baseline, **({"fp8": f"{args.baseline}-fp8"} if "fp8" in names else {})}
+        baselines = dict.fromkeys(_baseline_of(name) for name in names)
         launches = [
-            Launch(name, args.baseline, Path(folder), None, _arguments(args, COMBINATIONS[kind]))
-            for kind, name in baselines.items()
+            Launch(
+                f"{args.baseline}-{kind}",
+                args.baseline,
+                Path(folder),
+                None,
+                _arguments(args, COMBINATIONS[kind]),
+                tp=args.tp,
+            )
+            for kind in baselines
         ]
         for name in names:
             config = {"preset": "fast", "serving": {**args.serving, **COMBINATIONS[name].serving}}
-            launches.append(Launch(name, "mac", Path(folder), config, _arguments(args, COMBINATIONS[name])))
+            launches.append(Launch(name, "mac", Path(folder), config, _arguments(args, COMBINATIONS[name]), tp=args.tp))
         bad = 0
         async with serve(launches, args.logs, "sglang-matrix-") as servers:
             by_name = dict(zip((launch.name for launch in launches), servers, strict=True))
-            references = {kind: await _references(by_name[name], prompts, args) for kind, name in baselines.items()}
+            references = {
+                kind: await _references(by_name[f"{args.baseline}-{kind}"], prompts, args) for kind in baselines
+            }
             for name in names:
-                figures, reasons = await _examine(by_name[name], references["fp8" if name == "fp8" else "plain"], args)
+                figures, reasons = await _examine(by_name[name], references[_baseline_of(name)], args)
                 say(f"{'BAD' if reasons else 'ok '}  {name:15} {figures}{''.join(f'; {text}' for text in reasons)}")
                 bad += bool(reasons)
                 results.upsert(output, _rows(name, figures, args, shape))
     return min(bad, 1)
 
 
+def _baseline_of(name: str) -> str:
+    """The combination that the baseline's server of this one runs."""
+    return name if COMBINATIONS[name].dtype else "plain"
+
+
 def _arguments(args: argparse.Namespace, one: Combination) -> tuple[str, ...]:
     common = [text for text in args.server_args if text not in one.without]
-    return ("--skip-tokenizer-init", "--tp", str(args.tp), *common, *one.arguments)
+    return ("--skip-tokenizer-init", *common, *one.arguments)
 
 
 async def _references(server: Started, prompts: list[list[int]], args: argparse.Namespace) -> list[Reference]:
@@ -171,7 +190,7 @@ def _rows(
         config="fast",
         batch=args.prompts,
         context=args.prompt_tokens,
-        dtype="fp8_e4m3" if name == "fp8" else "bfloat16",
+        dtype=COMBINATIONS[name].dtype or "bfloat16",
         page_size=name.removeprefix("page-") if name.startswith("page-") else 1,
         unit="1",
     )

@@ -1,7 +1,8 @@
 """A real model on a whole server: agreement with the baseline, hit rates and speed of the presets, prefix cache on.
 
 Where an answer under ``exact`` first differs from the baseline's, the baseline says how far the two tokens are apart: a
-gap of ``--tie`` or more is an error. The baseline's own answers in batches of another size are judged beside them.
+gap of ``--tie`` or more is an error. The baseline's own answers in batches of another size are judged beside them, and
+with ``--tp`` those of a baseline on one GPU (parts ``...-one-gpu``).
 """
 
 from __future__ import annotations
@@ -24,9 +25,10 @@ from mac_kernels.errors import InputError, MacError
 from mac_sglang.client import Reply, Server
 
 from . import results
-from .serving import Launch, Reference, Started, agreement, describe, groups, hit_rate, say, serve, steady_speed, three
+from .serving import Launch, Reference, agreement, describe, groups, hit_rate, say, serve, steady_speed, three
 
 PRESETS_MEASURED = ("exact", "careful", "balanced", "fast")
+_PARTS = ("distinct", "shared")
 _EARLY = 16  # tokens in which a second request has to reach the steady hit rate
 _LATER = 100
 _SKIP, _SAMPLES = 24, 8
@@ -53,6 +55,15 @@ class Measured:
     def tokens(self, part: str) -> list[list[int]]:
         """Tokens of every reply."""
         return [reply.output_ids for reply in self.replies[part]]
+
+
+@dataclass(frozen=True, slots=True)
+class Baseline:
+    """A server that others are compared with, what it did, and how parts are called that are compared with it."""
+
+    server: Server
+    measured: Measured
+    suffix: str
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -82,32 +93,40 @@ async def run(args: argparse.Namespace, output: Path) -> int:
         prompts = make_prompts(tokens, args.batch, args.prompt_tokens)
         # SGLang counts the row of a chunked prompt twice: with no row to spare the last request waits for another's end
         spare = ("--max-running-requests", str(args.batch + 8))
-        arguments = ("--skip-tokenizer-init", "--tp", str(args.tp), *args.server_args, *spare)
-        launches = [Launch(args.baseline, args.baseline, Path(folder), None, arguments)]
+        arguments = ("--skip-tokenizer-init", *args.server_args, *spare)
+        launches = [Launch(args.baseline, args.baseline, Path(folder), None, arguments, tp=args.tp)]
+        if args.tp > 1:
+            launches.append(Launch(f"{args.baseline}-one-gpu", args.baseline, Path(folder), None, arguments))
         for preset in args.presets.split(","):
-            launches.append(Launch(preset, "mac", Path(folder), {"preset": preset, "serving": args.serving}, arguments))
-        full: Measured | None = None
+            config = {"preset": preset, "serving": args.serving}
+            launches.append(Launch(preset, "mac", Path(folder), config, arguments, tp=args.tp))
+        baselines: list[Baseline] = []
         failed = 0
         async with serve(launches, args.logs, "sglang-smollm2-") as servers:
             for launch, server in zip(launches, servers, strict=True):
                 try:
-                    measured = await _measure(server, prompts, args.tokens, baseline=full is None)
-                    full = full or measured
-                    if measured is full or launch.name == "exact":
-                        await _ask_gaps(servers[0], prompts, measured, full)
+                    if isinstance(server, MacError):
+                        raise server
+                    measured = await _measure(server, prompts, args.tokens, baseline=launch.config is None)
+                    if launch.config is None:
+                        suffix = launch.name.removeprefix(args.baseline)
+                        baselines.append(Baseline(server, measured, suffix))
+                    if launch.config is None or launch.name == "exact":
+                        for baseline in baselines:
+                            await _ask_gaps(baseline, prompts, measured)
                 except MacError as error:
                     say(f"{launch.name}: FAILED, not reported: {error}")
                     failed = 1
-                    if full is None:
+                    if not baselines:
                         break  # nothing to compare with
                     continue
-                rows = _rows(launch, measured, full, args, shape)
+                rows = _rows(launch, measured, baselines, args, shape)
                 results.upsert(output, rows)
                 for row in rows:
                     say(f"{row['config']:9} {row['case']:16} {row['metric']:20} p20 {row['p20']:>7} p50 "
                         f"{row['p50']:>7} p80 {row['p80']:>7} {row['unit']}")  # fmt: skip
                 wrong = [gap for gaps in measured.gaps.values() for gap in gaps if gap >= args.tie]
-                if wrong and measured is not full:
+                if wrong and launch.config is not None:
                     say(f"{launch.name}: WRONG: first differing tokens are apart by {wrong} nats")
                     failed = 1
     return failed
@@ -174,9 +193,7 @@ def make_prompts(tokens: Sequence[int], batch: int, length: int) -> Prompts:
     return Prompts(distinct, [a + b for a, b in zip(start, ends, strict=True)], turns)
 
 
-async def _measure(server: Started, prompts: Prompts, tokens: int, *, baseline: bool) -> Measured:
-    if isinstance(server, MacError):
-        raise server
+async def _measure(server: Server, prompts: Prompts, tokens: int, *, baseline: bool) -> Measured:
     measured, counted = Measured(), Counter[str]()
 
     async def part(name: str, inputs: list[list[int]], count: int, *, at_once: int | None = None) -> None:
@@ -210,17 +227,14 @@ async def _measure(server: Started, prompts: Prompts, tokens: int, *, baseline: 
     return measured
 
 
-async def _ask_gaps(baseline: Started, prompts: Prompts, measured: Measured, full: Measured) -> None:
-    """Let the baseline say how far two servers' tokens are apart where their answers begin to differ."""
-    if isinstance(baseline, MacError):
-        raise baseline
-    own = measured is full
-    pairs = [("noise", "other order", "distinct")] if own else [(part, part, part) for part in ("distinct", "shared")]
-    for part, one, other in pairs:
+async def _ask_gaps(baseline: Baseline, prompts: Prompts, measured: Measured) -> None:
+    """Let a baseline say how far two servers' tokens are apart where their answers begin to differ."""
+    own = measured is baseline.measured
+    for part, one, other in [("noise", "other order", "distinct")] if own else [(part, part, part) for part in _PARTS]:
         inputs = prompts.shared if part == "shared" else prompts.distinct
-        answers = zip(inputs, measured.tokens(one), full.tokens(other), strict=True)
-        calls = [_gap(baseline, prompt, a, b) for prompt, a, b in answers if a != b]
-        measured.gaps[part] = list(await asyncio.gather(*calls))
+        answers = zip(inputs, measured.tokens(one), baseline.measured.tokens(other), strict=True)
+        calls = [_gap(baseline.server, prompt, a, b) for prompt, a, b in answers if a != b]
+        measured.gaps[part if own else part + baseline.suffix] = list(await asyncio.gather(*calls))
 
 
 async def _gap(server: Server, prompt: list[int], a: list[int], b: list[int]) -> float:
@@ -232,12 +246,12 @@ async def _gap(server: Server, prompt: list[int], a: list[int], b: list[int]) ->
 
 
 def _rows(
-    launch: Launch, measured: Measured, full: Measured, args: argparse.Namespace, shape: dict[str, Any]
+    launch: Launch, measured: Measured, baselines: list[Baseline], args: argparse.Namespace, shape: dict[str, Any]
 ) -> list[results.Row]:
     config = PRESETS.get(launch.name)
     common = describe(
         shape,
-        tp=args.tp,
+        tp=launch.tp,
         facts=results.facts(args.command_line),
         provider=launch.attention_backend,
         config=launch.name if config else "full",
@@ -251,15 +265,16 @@ def _rows(
     def row(part: str, metric: str, unit: str, values: Sequence[float]) -> None:
         rows.append({**common, "case": f"smollm2-{part}", "metric": metric, "unit": unit, **three(values)})
 
-    for part in ("distinct", "shared"):
+    for part in _PARTS:
         try:
             row(part, "throughput", "tokens/s", steady_speed(measured.replies[part], skip=_SKIP, samples=_SAMPLES))
         except ValueError as error:
             say(f"{launch.name}: no throughput of the part {part}: {error}")
         if config:
             row(part, "hit_rate", "1", [hit_rate(measured.groups[part])])
-        if measured is not full:
-            _agree(row, part, measured.tokens(part), full.tokens(part))
+        for baseline in baselines:
+            if measured is not baseline.measured:
+                _agree(row, part + baseline.suffix, measured.tokens(part), baseline.measured.tokens(part))
     if "other order" in measured.replies:
         _agree(row, "noise", measured.tokens("other order"), measured.tokens("distinct"))
     for part, gaps in measured.gaps.items():

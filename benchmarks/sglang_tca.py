@@ -119,12 +119,10 @@ def set_budgets(shape: Mapping[str, Any], kept: float, context: int) -> TcaBudge
 
 
 def _launches(args: argparse.Namespace, model: Path, shape: Mapping[str, Any]) -> list[Launch]:
-    arguments = ("--load-format", "dummy", "--skip-tokenizer-init", "--tp", str(args.tp), *args.server_args)
-    sparse = [
-        Launch(name, "tca", model, json.loads(set_budgets(shape, float(name), args.long).to_json()), arguments)
-        for name in args.kept.split(",")
-    ]
-    return [Launch(args.baseline, args.baseline, model, None, arguments), *sparse]
+    arguments = ("--load-format", "dummy", "--skip-tokenizer-init", *args.server_args)
+    budgets = {name: json.loads(set_budgets(shape, float(name), args.long).to_json()) for name in args.kept.split(",")}
+    sparse = [Launch(name, "tca", model, config, arguments, tp=args.tp) for name, config in budgets.items()]
+    return [Launch(args.baseline, args.baseline, model, None, arguments, tp=args.tp), *sparse]
 
 
 def _prompts(args: argparse.Namespace, vocab: int) -> list[list[int]]:

@@ -3,11 +3,11 @@
 Clients send prompts of mixed lengths, some on a common prefix, and hang up on some answers. Before that, every prompt
 is answered once, alone; every later exact answer must be the same, up to ties: a token may differ only if it was less
 than ``--tie`` behind the best one of the first answer (batches of other sizes round differently). Under the preset
-``exact`` all answers are exact, under another one those that ask for it. The server's GPU memory must not grow after
-the first quarter, and at the end the server must still give the first answers.
+``exact`` all answers are exact, under another one those that ask for it. GPU memory must not grow after the first
+quarter, and at the end the server must still give the first answers.
 
-Afterwards a server of the baseline answers the same clients for a quarter of the time: how often its answers equal its
-own first ones only up to ties says what is to be expected of the other's.
+Beside it a server of the baseline answers as many clients for the first quarter: how often its answers equal its own
+first ones only up to ties says what is to be expected of the other's. ``--server-args`` must leave room for both.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from .serving import (
     Launch,
     Reference,
     ServerDiedError,
+    Started,
     agreement,
     describe,
     groups,
@@ -63,7 +64,7 @@ class Tally:
     tokens: int = 0
     wrong: list[str] = field(default_factory=list)
     memory: list[tuple[float, float, float]] = field(default_factory=list)  # time, GPU MiB, host MiB
-    own_memory: bool = True  # of the server alone, as far as the driver tells whose it is
+    own_memory: bool = True  # of the servers alone, as far as the driver tells whose it is
 
     @property
     def checked(self) -> int:
@@ -100,39 +101,51 @@ def main(argv: list[str] | None = None) -> int:
 async def _run(args: argparse.Namespace, output: Path) -> int:
     with tempfile.TemporaryDirectory() as folder:
         tokens, shape = prepare(args.model, args.text, Path(folder), tp=args.tp)
-        arguments = ("--skip-tokenizer-init", "--tp", str(args.tp), *args.server_args)
+        arguments = ("--skip-tokenizer-init", *args.server_args)
         prompts, tally, own = _prompts(tokens, args.longest), Tally(), Tally()
         config = {"preset": args.preset, "serving": args.serving}
-        async with _server(Launch(args.preset, "mac", Path(folder), config, arguments), args.logs) as server:
-            references = await _first_answers(server, prompts)
-            before = await groups(server)
-            await _load(server, references, tally, args)
-            used = hit_rate(await groups(server) - before)
-            alive = await _answers(server, references, tally, args.tie)
-        checks = _verdict(tally, alive=alive)
-        for what, good, figure in checks:
-            say(f"{'ok ' if good else 'BAD'}  {what}: {figure}")
-        for text in tally.wrong[:10]:
-            say(f"     {text}")
-        # before the baseline, whose server may fail
-        results.upsert(output, _rows(_measured(tally, used), ("mac", args.preset), args, shape))
-        async with _server(Launch(args.baseline, args.baseline, Path(folder), None, arguments), args.logs) as server:
-            exact = {"preset": "exact", "minutes": args.minutes / 4}  # whatever it answers has to be right
-            await _load(
-                server, await _first_answers(server, prompts), own, argparse.Namespace(**{**vars(args), **exact})
-            )
+        launches = [
+            Launch(args.preset, "mac", Path(folder), config, arguments, tp=args.tp),
+            Launch(args.baseline, args.baseline, Path(folder), None, arguments, tp=args.tp),
+        ]
+        async with serve(launches, args.logs, "sglang-soak-") as (server, baseline):
+            beside = asyncio.create_task(_ask_baseline(baseline, prompts, own, args))
+            try:
+                used, alive = await _soak(server, prompts, tally, args)
+                checks = _verdict(tally, alive=alive)
+                for what, good, figure in checks:
+                    say(f"{'ok ' if good else 'BAD'}  {what}: {figure}")
+                for text in tally.wrong[:10]:
+                    say(f"     {text}")
+                # before the baseline, whose server may have failed
+                results.upsert(output, _rows(_measured(tally, used), ("mac", args.preset), args, shape))
+                await beside
+            finally:
+                beside.cancel()
     for name, one in ((f"mac, {args.preset}", tally), (args.baseline, own)):
         say(f"     {name}: {one.tie_share:.3f} of {one.checked} answers equal up to a tie, {len(one.wrong)} wrong")
     results.upsert(output, _rows(_answered(own), (args.baseline, "full"), args, shape))
     return 0 if all(good for _, good, _ in checks) else 1
 
 
-@contextlib.asynccontextmanager
-async def _server(launch: Launch, logs: Path) -> AsyncIterator[Server]:
-    async with serve([launch], logs, "sglang-soak-") as (server,):
-        if isinstance(server, ServerDiedError):
-            raise server
-        yield server
+async def _soak(
+    server: Started, prompts: list[list[int]], tally: Tally, args: argparse.Namespace
+) -> tuple[float, bool]:
+    """Load MAC's server; returns its hit rate and whether it is alive and right at the end."""
+    if isinstance(server, ServerDiedError):
+        raise server
+    references = await _first_answers(server, prompts)
+    before = await groups(server)
+    await _load(server, references, tally, args)
+    used = hit_rate(await groups(server) - before)
+    return used, await _answers(server, references, tally, args.tie)
+
+
+async def _ask_baseline(server: Started, prompts: list[list[int]], tally: Tally, args: argparse.Namespace) -> None:
+    if isinstance(server, ServerDiedError):
+        raise server
+    exact = {"preset": "exact", "minutes": args.minutes / 4}  # whatever it answers has to be right
+    await _load(server, await _first_answers(server, prompts), tally, argparse.Namespace(**{**vars(args), **exact}))
 
 
 async def _first_answers(server: Server, prompts: list[list[int]]) -> list[Reference]:
@@ -168,6 +181,7 @@ async def _load(server: Server, references: list[Reference], tally: Tally, args:
     clients = [_client(server, references, tally, number, end, args.tie, exact=exact) for number in range(args.clients)]
     try:
         await asyncio.gather(*clients)
+        await _look_at_memory(tally, begin)
     finally:
         watch.cancel()
         with contextlib.suppress(asyncio.CancelledError):
@@ -229,11 +243,15 @@ async def _answers(server: Server, references: list[Reference], tally: Tally, ti
 
 async def _watch_memory(tally: Tally, begin: float) -> None:
     while True:
-        gpu, host, own = await asyncio.to_thread(_memory)
-        tally.memory.append((time.monotonic() - begin, gpu, host))
-        tally.own_memory &= own
-        say(f"{tally.memory[-1][0]:6.0f} s  GPU {gpu:.0f} MiB  host {host:.0f} MiB  {dict(tally.outcomes)}")
+        await _look_at_memory(tally, begin)
         await asyncio.sleep(max(_EVERY_S, tally.memory[-1][0] / 20))
+
+
+async def _look_at_memory(tally: Tally, begin: float) -> None:
+    gpu, host, own = await asyncio.to_thread(_memory)
+    tally.memory.append((time.monotonic() - begin, gpu, host))
+    tally.own_memory &= own
+    say(f"{tally.memory[-1][0]:6.0f} s  GPU {gpu:.0f} MiB  host {host:.0f} MiB  {dict(tally.outcomes)}")
 
 
 def _memory() -> tuple[float, float, bool]:
@@ -277,7 +295,7 @@ def _verdict(tally: Tally, *, alive: bool) -> list[Check]:
             "GPU memory",
             growth <= _GROWTH_MIB,
             f"{growth:+.0f} MiB of {settled[-1][1]:.0f} after the first quarter, "
-            + ("of the server" if tally.own_memory else "of everything on the GPUs"),
+            + ("of the servers" if tally.own_memory else "of everything on the GPUs"),
         ),
         ("alive and right at the end", alive, "yes" if alive else "no"),
     ]
@@ -291,7 +309,7 @@ def _answered(tally: Tally) -> Figures:
         "answers_wrong": ("1", len(tally.wrong)),
         "tie_share": ("1", tally.tie_share),
         "aborts": ("1", tally.outcomes["aborted"]),
-        "throughput": ("tokens/s", tally.tokens / tally.memory[-1][0]),
+        "tokens": ("1", tally.tokens),
     }
 
 
