@@ -336,7 +336,8 @@ class BatchMacDecodeWithPagedKVCacheWrapper:
             raise InputError("backend 'flashinfer' reads the planned page table; do not change it in a compiled graph")
         plan.check(q, kv, rings, layer=layer, slots=slots, generations=generations, out=out)
         out = torch.empty_like(q) if out is None else out
-        plan.step.run(q, kv, rings, layer=layer, slots=slots, generations=generations, out=out)
+        with torch.cuda.device(q.get_device()):  # where kernels are launched; -1 on a CPU does nothing
+            plan.step.run(q, kv, rings, layer=layer, slots=slots, generations=generations, out=out)
         return out
 
     def explain(self) -> Explanation:

@@ -16,7 +16,7 @@ from .attend.triton import rest_kernel
 from .complete.triton import complete_kernel
 from .cuda.front import Front, bind_front, say_unused, unsupported_front
 from .errors import UnsupportedError
-from .launch import LaunchParams, block_n, default_launch, nominees_at_once
+from .launch import LaunchParams, block_n, chunk_d, default_launch, fitting, nominees_at_once
 from .match.accept import limit_tables
 from .match.triton import scout_kernel
 from .match.triton_decide import decide_kernel
@@ -30,6 +30,7 @@ from .types import LOG2_E, StepTrace
 _INT32_MAX = 2**31 - 1
 _OF_INDEX = ("ids_ptr", "count_ptr", "far_end_ptr", "selected_ptr", "dropped_ptr", "refresh", "limit", "capacity")
 _LISTED_STAGES = 2  # keys then wait for their pages, and those for the list
+_SHARED_BYTES = 99 * 1024  # of a block, on the GPUs that have least
 _FIELDS = 8  # per kv group: low, high, position, ring, reuse, anchor, reason, head hits as bits
 Arguments = dict[str, Any]
 """Kernel arguments by parameter name; a name means the same in every kernel."""
@@ -86,8 +87,13 @@ class FusedStep:
         self._planned = planned
         table, layout, config = planned.table, planned.layout, planned.config
         device, groups = table.device, table.batch_size * layout.num_kv_heads
-        sms = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
-        self.launch = default_launch(groups, config, sms, table.page_size) if launch is None else launch
+        sms, shared = 2, _SHARED_BYTES
+        if device.type == "cuda":
+            properties = torch.cuda.get_device_properties(device)
+            sms = properties.multi_processor_count
+            shared = getattr(properties, "shared_memory_per_block_optin", shared)  # has no name in torch's types
+        default = fitting(default_launch(groups, config, sms, table.page_size), shared)
+        self.launch = default if launch is None else launch
         self.programs, self._groups = self.launch.programs_per_sm * sms, groups
         self._pdl = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
         self._bound: dict[tuple[object, ...], _Bound] = {}
@@ -167,6 +173,7 @@ class FusedStep:
         config, device = self._planned.config, q.device
         if against := dtype_reasons("triton", q.dtype, kv.k_cache.dtype, device):
             raise UnsupportedError("backend 'triton'", against, "Use a bf16 cache, or backend='reference'.")
+        chunk = chunk_d(launch.complete_splits, block_d)
         band = triton.next_power_of_2(-(-(config.band + config.sinks) // launch.splits))
         values = {
             **self._workspace,
@@ -211,9 +218,10 @@ class FusedStep:
             ),
             complete=bind(
                 complete_kernel,
-                self._groups * kv.layout.group_size,
+                self._groups * kv.layout.group_size * (block_d // chunk),
                 launch.complete_warps,
                 BLOCK_P=launch.block_parts,
+                CHUNK_D=chunk,
             ),
         )
 

@@ -95,20 +95,21 @@ def fill_rings(
     if chosen != "reference":
         from .fused_fill import fused_fill  # imports triton, which the reference backend does not need
 
-        fused_fill(
-            q,
-            qo_indptr,
-            kv,
-            rings,
-            layer=layer,
-            slots=slots,
-            generations=generations,
-            config=config,
-            rope=rope,
-            sm_scale=sm_scale,
-            logits_soft_cap=logits_soft_cap,
-            max_kv_len=int(kv.table.kv_len().max()) if max_kv_len is None else max_kv_len,
-        )
+        with torch.cuda.device(q.get_device()):  # where kernels are launched; -1 on a CPU does nothing
+            fused_fill(
+                q,
+                qo_indptr,
+                kv,
+                rings,
+                layer=layer,
+                slots=slots,
+                generations=generations,
+                config=config,
+                rope=rope,
+                sm_scale=sm_scale,
+                logits_soft_cap=logits_soft_cap,
+                max_kv_len=int(kv.table.kv_len().max()) if max_kv_len is None else max_kv_len,
+            )
         return
     _fill_reference(q, qo_indptr, kv, rings, layer, slots, generations, config, rope, sm_scale, logits_soft_cap)
 

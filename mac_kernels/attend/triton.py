@@ -55,7 +55,7 @@ def attend_tiles(
     k_scale = scale_of(k_scale, SCALES_ON_DEVICE)
     logit_scale *= k_scale
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)  # added up at the end: in the loop that would be one barrier more
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     key_acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     offs_d = tl.arange(0, BLOCK_D)
@@ -86,12 +86,13 @@ def attend_tiles(
         safe = tl.where(new_max == float("-inf"), 0.0, new_max)
         weight = tl.exp2(logits - safe[:, None])
         decay = tl.exp2(row_max - safe)
-        row_sum = row_sum * decay + tl.sum(weight, 1)
+        sums = sums * decay[:, None] + weight
         weight = weight.to(v.dtype)
         acc = acc * decay[:, None] + tl.dot(weight, v, input_precision=PRECISION)
         if KBAR:
             key_acc = key_acc * decay[:, None] + tl.dot(weight, k, input_precision=PRECISION)
         row_max = new_max
+    row_sum = tl.sum(sums, 1)
     divisor = tl.where(row_sum > 0, row_sum, 1.0)
     lse = tl.where(row_sum > 0, tl.log2(divisor) + row_max, float("-inf"))
     return acc / divisor[:, None] * scale_of(v_scale, SCALES_ON_DEVICE), lse, key_acc / divisor[:, None] * k_scale

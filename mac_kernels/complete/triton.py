@@ -45,6 +45,7 @@ def complete_kernel(
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    CHUNK_D: tl.constexpr,
     ROTARY_DIM: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     SPLITS: tl.constexpr,
@@ -59,15 +60,16 @@ def complete_kernel(
     HITS_ARE_DONE: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Merge the parts of one query head, then write its output and its share of the ring row. Grid: ``(B * Hq,)``.
+    """Merge the parts of one query head, then write its output and its share of the ring row.
 
-    With ``HITS_ARE_DONE`` reused groups were completed before. What precedes ``gdc_wait`` was written before the
-    previous launch passed its own wait, so it may overlap with it. With ``PARTS_ARE_OLDER`` that holds for the numbers
-    of the parts, too.
+    A program takes ``CHUNK_D`` of a head's dims. Grid: ``(B * Hq * BLOCK_D // CHUNK_D,)``. With ``HITS_ARE_DONE``
+    reused groups were completed before. What precedes ``gdc_wait`` was written before the previous launch passed its
+    own wait, so it may overlap with it. With ``PARTS_ARE_OLDER`` that holds for the numbers of the parts, too.
     """
     pid = tl.program_id(0)
-    group = pid // GROUP
-    head = pid % GROUP
+    chunk = pid % (BLOCK_D // CHUNK_D)
+    group = pid // (BLOCK_D // CHUNK_D) // GROUP
+    head = pid // (BLOCK_D // CHUNK_D) % GROUP
     request = group // NUM_KV_HEADS
     kv_head = group % NUM_KV_HEADS
     qo_head = kv_head * GROUP + head
@@ -82,7 +84,7 @@ def complete_kernel(
         if BYPASS and pid == 0:
             end_of_step(bypass_ptr, break_even)
         return
-    offs_d = tl.arange(0, BLOCK_D)
+    offs_d = chunk * CHUNK_D + tl.arange(0, CHUNK_D)
     mask_d = offs_d < HEAD_DIM
     split = tl.arange(0, BLOCK_SPLITS)
     at_always = (group.to(tl.int64) * ALWAYS_GROUP + split * ALWAYS_SPLIT) * GROUP + head
@@ -98,7 +100,7 @@ def complete_kernel(
     other, cos, sin = rotation_at(cos_sin_ptr, position, offs_d, ROTARY_DIM, INTERLEAVED)
     stored = ((ring.to(tl.int64) * WINDOW + row) * NUM_QO_HEADS + qo_head) * HEAD_DIM
     out = tl.load(ring_out_ptr + stored + offs_d, mask=mask_d & reuse, other=0.0).to(tl.float32)
-    key = tl.zeros([BLOCK_D], tl.float32)
+    key = tl.zeros([CHUNK_D], tl.float32)
     if KBAR:
         key = tl.load(ring_key_ptr + stored + offs_d, mask=mask_d & reuse, other=0.0).to(tl.float32)
     if ring_seen_ptr is not None:
@@ -125,6 +127,9 @@ def complete_kernel(
         part_lse = tl.load(part_lse_ptr + at, mask=present, other=float("-inf"))
         mask = present[:, None] & mask_d[None, :]
         part = tl.load(part_out_ptr + at[:, None] * HEAD_DIM + offs_d[None, :], mask=mask, other=0.0)
+        if KBAR:
+            direct = tl.load(part_key_ptr + at[:, None] * HEAD_DIM + offs_d[None, :], mask=mask, other=0.0)
+            crossed = tl.load(part_key_ptr + at[:, None] * HEAD_DIM + other[None, :], mask=mask, other=0.0)
         top = tl.maximum(tl.max(part_lse, 0), lse)
         top = tl.where(top == float("-inf"), 0.0, top)
         weight = tl.exp2(part_lse - top)
@@ -134,8 +139,6 @@ def complete_kernel(
         out = (out * own + tl.sum(part * weight[:, None], 0)) / divisor
         if KBAR:
             # rotations are linear, so every part is pulled back to the pre-RoPE frame before it is merged
-            direct = tl.load(part_key_ptr + at[:, None] * HEAD_DIM + offs_d[None, :], mask=mask, other=0.0)
-            crossed = tl.load(part_key_ptr + at[:, None] * HEAD_DIM + other[None, :], mask=mask, other=0.0)
             pulled = direct * cos[None, :] + crossed * sin[None, :]
             key = (key * own + tl.sum(pulled * weight[:, None], 0)) / divisor
         lse = tl.where(total > 0, tl.log2(divisor) + top, float("-inf"))
@@ -146,7 +149,7 @@ def complete_kernel(
         tl.store(ring_out_ptr + at * HEAD_DIM + offs_d, out.to(ring_out_ptr.dtype.element_ty), mask=mask_d)
         if KBAR:
             tl.store(ring_key_ptr + at * HEAD_DIM + offs_d, key.to(ring_key_ptr.dtype.element_ty), mask=mask_d)
-        tl.store(ring_lse_ptr + at, lse)
+        tl.store(ring_lse_ptr + at, lse)  # every program of the head the same
         if ring_seen_ptr is not None:
             tl.store(ring_seen_ptr + at, seen)
         if head == 0:

@@ -329,7 +329,7 @@ _CHOICES = {"cluster_size": (0, 1, 2, 4, 8), "front_warps": (4, 8)}
 def launch_problems(launch: LaunchParams) -> list[str]:
     """What is wrong with launch parameters on any GPU; empty if nothing is."""
     values = dataclasses.asdict(launch)
-    powers = {name for name in values if name.startswith("block_") or name.endswith("_warps") or name == "splits"}
+    powers = {name for name in values if name.startswith("block_") or name.endswith(("_warps", "splits"))}
     problems = []
     for name, value in values.items():
         if name in _CHOICES:

@@ -8,6 +8,8 @@ import itertools
 import sys
 from typing import Any
 
+import test_tca
+import test_tca_index
 import torch
 
 from mac_kernels import BatchMacDecodeWithPagedKVCacheWrapper, fused
@@ -49,7 +51,16 @@ def _replaced(reason: str, **_: Any) -> None:
     raise RuntimeError(f"the front does not run: {reason}")
 
 
-def main(device: str, kernels: str) -> None:
+def tca_steps() -> None:
+    """Selection, prefill, decode and refresh: whole tests, so what is computed is right, too."""
+    for shape in (*test_tca.TINY, *test_tca.REAL[2:5:2]):
+        test_tca.test_selection(shape)
+        test_tca.test_prefill(shape, chunk=True)
+        test_tca.test_decode_with_compaction(shape)
+        test_tca_index.test_refresh(shape)
+
+
+def decode_steps(device: str, kernels: str) -> None:
     backend = "flashinfer" if kernels == "flashinfer" else "triton"
     if kernels == "front":  # scout and decide in its place would be clean, too
         front.say_unused = fused.say_unused = _replaced
@@ -71,6 +82,13 @@ def main(device: str, kernels: str) -> None:
         if device == "cuda":
             torch.cuda.synchronize()
         session.ledger.verify()
+
+
+def main(device: str, kernels: str) -> None:
+    if kernels == "tca":
+        tca_steps()
+    else:
+        decode_steps(device, kernels)
     print("all steps done")
 
 

@@ -143,6 +143,19 @@ def test_a_batch_of_512(backend: str) -> None:
     against_reference(scenario, backend)
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("backend", ["triton", FLASHINFER])
+def test_tensors_on_another_device_than_the_current_one(backend: str) -> None:
+    config = MacConfig(window=32, band=16, sinks=2, min_context=64, influence=None)
+    rope = Case(head_dim=64).rope("cuda:1")
+    for dtype in (torch.bfloat16, torch.float16):  # which the CUDA front takes
+        scenario = plant_step(
+            config, HeadLayout(16, 4, 64), kv_lens=[300, 80], hit=0.5, rope=rope, dtype=dtype, device="cuda:1"
+        )
+        against_reference(scenario, backend)
+    assert torch.cuda.current_device() == 0
+
+
 @pytest.mark.parametrize("head_dim, group, page_size", [(80, 12, 5), (192, 7, 5), (192, 12, 1), (80, 7, 64)])
 def test_lengths_from_none_to_many(head_dim: int, group: int, page_size: int) -> None:
     """Requests of 0, 1 and a few tokens beside long ones, in shapes that fill no power of two."""

@@ -44,7 +44,7 @@ def offered(monkeypatch: pytest.MonkeyPatch) -> None:
 @interpreted
 class TestComposedInterpreted(DecodeConformance):
     backend = "flashinfer"
-    cases = (SMALL_CASES[0], Case(head_dim=16, group=3, kv_heads=2, page_size=5, kv_layout="HND", rotary="partial"))
+    cases = (SMALL_CASES[0], Case(head_dim=48, group=3, kv_heads=2, page_size=5, kv_layout="HND", rotary="partial"))
     # 15 nominees hold every candidate of a window of 16
     rules: ClassVar[dict[str, MacConfig]] = {
         "head": variant(nominees=15),
@@ -58,7 +58,7 @@ class TestComposedInterpreted(DecodeConformance):
     @pytest.fixture(autouse=True)
     def _without_flashinfer(self, monkeypatch: pytest.MonkeyPatch, offered: None) -> None:
         def launch(*arguments: Any) -> LaunchParams:
-            return dataclasses.replace(default_launch(*arguments), splits=2)
+            return dataclasses.replace(default_launch(*arguments), splits=2, complete_splits=2)
 
         monkeypatch.setattr(composed, "default_launch", launch)
         forms = itertools.cycle((True, False))

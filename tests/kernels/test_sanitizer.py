@@ -25,7 +25,7 @@ REPORT = re.compile(
 @pytest.mark.slow
 @pytest.mark.skipif(not Path(SANITIZER).exists(), reason="needs compute-sanitizer of the CUDA toolkit")
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
-@pytest.mark.parametrize("kernels", ["triton", "front", "flashinfer"])
+@pytest.mark.parametrize("kernels", ["triton", "front", "flashinfer", "tca"])
 def test_kernels_are_clean(tool: str, kernels: str) -> None:
     if kernels == "flashinfer":
         pytest.importorskip("flashinfer", reason="needs FlashInfer (extra flashinfer)")

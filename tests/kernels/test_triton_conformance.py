@@ -33,6 +33,16 @@ class TestTritonInterpreted(DecodeConformance):
     # what they judge happens between the steps, where no kernel of this backend is asked
     test_selected_tokens_of_old_selections_are_not_used = test_selected_tokens_that_miss_too_much = None
 
+    @pytest.fixture(autouse=True)
+    def _programs_share_heads(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """As for the small batches of a GPU."""
+        from mac_kernels import fused
+        from mac_kernels.launch import default_launch
+
+        monkeypatch.setattr(
+            fused, "default_launch", lambda *args: dataclasses.replace(default_launch(*args), complete_splits=2)
+        )
+
     def fill_rings(self, *args: Any, **kwargs: Any) -> None:
         fill_rings(*args, backend="triton", **kwargs)
 

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from mac_kernels import MacConfig
-from mac_kernels.launch import LaunchParams, block_n, default_launch
+from mac_kernels.launch import LaunchParams, block_n, default_launch, fitting
 from mac_kernels.tuned import launch_problems
 
 H100, CONFIG = 132, MacConfig()
@@ -42,6 +42,19 @@ def test_nothing_but_the_tiles_depends_on_the_page_size() -> None:
             dataclasses.replace(default_launch(groups, CONFIG, H100, page), rest_tile_bytes=1) for page in (1, 16)
         }
         assert len(by_page) == 1
+
+
+def test_tiles_of_the_rest_fit_into_shared_memory() -> None:
+    for groups, page, shared, tile in (
+        (8, 1, 227, 64),
+        (8, 1, 163, 64),
+        (8, 1, 99, 32),
+        (8, 16, 99, 32),
+        (64, 1, 99, 32),
+    ):
+        launch = default_launch(groups, CONFIG, H100, page)
+        fitted = fitting(launch, shared << 10)
+        assert fitted == dataclasses.replace(launch, rest_tile_bytes=tile << 10)
 
 
 @pytest.mark.parametrize("field, value", [("cluster_size", 3), ("cluster_size", 16), ("front_warps", 2)])
