@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import math
 import multiprocessing
+import os
 import random
 import re
-import statistics
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
 
@@ -25,30 +26,34 @@ import torch
 
 from mac_autotune.compile import Job, compile_pool, submit
 from mac_autotune.errors import ExportRefused
-from mac_autotune.export import Rated, bucket_of, rate, write
-from mac_autotune.kernel import CONFIG, HIT_RATES, Bench, make_store, unusable
+from mac_autotune.export import Rated, bucket_of, pick, rate, write
+from mac_autotune.kernel import CONFIG, HIT_RATES, Bench, make_store, mean_ratio, unusable
 from mac_autotune.latency import PLANTED_LAG
 from mac_autotune.rounds import gpu_turn
 from mac_autotune.study import StudyPlan
 from mac_autotune.tune_kernel import KernelTask, compile_jobs, kernel_file_of, line, search
-from mac_kernels import HeadLayout
+from mac_kernels import HeadLayout, MacConfig
 from mac_kernels.launch import LaunchParams, default_launch
 from mac_kernels.tuned import Bucket, planted_share
 
 from . import results
 
+_LONG = (32768, 126976)
+LAYOUTS = {
+    **{"32/8x128": _LONG, "9/3x64": (8192,), "14/2x64": (32768,), "12/2x128": (32768,), "32/4x128": _LONG},
+    **{"40/8x128": _LONG, "64/8x128": _LONG, "64/8x64": _LONG, "32/8x64": _LONG},
+}
+"""Hq/HkvxD and contexts: two that frame what most models read, or the most that the models with these heads read."""
 POLICIES = "policies"
 """In place of a layout: the steps of :func:`time_policies`."""
-LAYOUTS = (
-    *("9/3x64", POLICIES, "32/8x128", "32/4x128", "14/2x64", "12/2x128", "40/8x128", "64/8x128"),
-    *("32/8x64", "64/8x64"),
-)
 POLICY_LAYOUT = "9/3x64"
 POLICY_CONFIGS = ((512, 256), (256, 512), (1024, 512), (512, 512), (1024, 256))
 """Window and band of steps that a policy for :data:`POLICY_LAYOUT` may choose."""
-_SMOLLM2_CONTEXT = 8192  # all that a model of this layout reads
+_CACHE_GB = 9.0
 _FINALISTS = 10
-_LEFT_S = 12.0  # a bucket begun with less time would be cut
+_HOPE = 0.95  # of the fastest time so far: no point is expected to be faster at the hit rates that it still lacks
+_NOISE = 1.05  # of the best so far: what is slower by more is no finalist
+_LAUNCH_S = 0.05  # what a trial or a drawn point takes, beside others
 _TRITON = -1000  # the defaults without the CUDA front: neither a trial's number nor that of a drawn point
 
 
@@ -59,46 +64,78 @@ class Run:
     trials: int
     points: int
     batches: tuple[int, ...]
-    contexts: tuple[int, ...]
     output: Path
     until: float
 
-    def task(self, layout: str) -> KernelTask:
+    def task(self, layout: str, contexts: tuple[int, ...] = ()) -> KernelTask:
         """What ``tune kernel`` would be asked for."""
         hq, hkv, dim = map(int, re.split("[/x]", layout))
-        contexts = self.contexts if layout != POLICY_LAYOUT else (_SMOLLM2_CONTEXT, *self.contexts)
+        contexts = contexts or LAYOUTS.get(layout, _LONG)
         lists = (",".join(map(str, values)) for values in (self.batches, contexts))
         asked = "--batches {} --contexts {}".format(*lists)
+        heads = f"--hq {hq} --hkv {hkv} --head-dim {dim}"
         return KernelTask(
             layout=HeadLayout(hq, hkv, dim),
             dtype=torch.bfloat16,
             page_size=1,
             batches=self.batches,
             contexts=contexts,
-            cache_gb=9.0,
+            cache_gb=_CACHE_GB,
             plan=StudyPlan(name="", trials=self.trials),
-            command=f"mac-kernels tune kernel --hq {hq} --hkv {hkv} --head-dim {dim} {asked} --trials {self.trials}",
+            command=f"mac-kernels tune kernel {heads} {asked} --trials {self.trials}",
         )
+
+    @property
+    def bucket_s(self) -> float:
+        """Seconds that a bucket takes: begun with less time, it would be cut."""
+        return _LAUNCH_S * (self.trials + self.points)
+
+    @property
+    def left_s(self) -> float:
+        """Seconds until the end, at least 0."""
+        return max(0.0, self.until - time.time())
+
+
+@dataclass(frozen=True, slots=True)
+class Gates:
+    """What the process of a layout waits for: its turn, and the kernels of each batch size."""
+
+    turn: Event
+    compiled: Mapping[int, Event]
 
 
 def random_search(bench: Bench, points: int, seed: int) -> dict[int, LaunchParams]:
     """The best three of so many launch parameters drawn at random, by negative number."""
-    draw, drawn = random.Random(seed), dict[LaunchParams, float]()
+    draw, drawn, best = random.Random(seed), dict[LaunchParams, float](), float("inf")
+    fastest = {hit: bench.time({"point": bench.default}, hit, repeats=3)["point"].p50_us for hit in HIT_RATES}
     while len(drawn) < points:
         launch = bench.space.suggest(_Drawing(draw))
-        if launch in drawn:
-            continue
-        try:
-            times = [bench.time({"point": launch}, hit, repeats=1)["point"].p50_us for hit in HIT_RATES]
-            drawn[launch] = math.exp(statistics.mean(map(math.log, times)))
-        except Exception as error:
-            if not unusable(error):
-                raise
-            drawn[launch] = math.inf
+        if launch not in drawn:
+            drawn[launch] = _drawn_us(bench, launch, fastest, _NOISE * best)
+            best = min(best, drawn[launch])
     order = sorted(drawn, key=drawn.__getitem__)
     finalists = {-1 - index: launch for index, launch in enumerate(order[:_FINALISTS])}
     _, rated = rate(bench.time, bench.default, finalists, HIT_RATES, rounds=2, repeats=4)
     return {one.trial: one.launch for one in rated[:3]}
+
+
+def _drawn_us(bench: Bench, launch: LaunchParams, fastest: dict[float, float], limit: float) -> float:
+    """Geometric mean over the hit rates, infinite where it does not run; ends once it must exceed the limit.
+
+    ``fastest`` is kept up to date.
+    """
+    us = {hit: _HOPE * least for hit, least in fastest.items()}
+    for hit in HIT_RATES:
+        try:
+            us[hit] = bench.time({"point": launch}, hit, repeats=1)["point"].p50_us
+        except Exception as error:
+            if not unusable(error):
+                raise
+            return float("inf")
+        fastest[hit] = min(fastest[hit], us[hit])
+        if (mean := mean_ratio(us.values())) > limit:
+            break
+    return mean
 
 
 class _Drawing:
@@ -112,40 +149,42 @@ class _Drawing:
         raise NotImplementedError(f"{name}: launch parameters are all categorical")
 
 
-def tune_layout(run: Run, layout: str, facts: results.Row) -> None:
+def tune_layout(run: Run, layout: str, facts: results.Row, gates: Gates) -> None:
     """All buckets of a layout, as long as there is time."""
+    gates.turn.wait(run.left_s)
     task = run.task(layout)
-    problems = task.problems()
+    problems, buckets = task.problems(), list[Bucket]()
     store = make_store(max(problems, key=lambda problem: problem.cache_bytes), seed=task.plan.seed)
-    buckets: list[Bucket] = []
-    for problem in problems:
-        if time.time() > run.until - _LEFT_S:
+    benches = []
+    for problem in problems:  # while kernels are compiled
+        benches.append(Bench(problem, store=store))
+        torch.cuda.empty_cache()  # what planting needed: others are tuned beside this layout
+    while benches:
+        bench = benches.pop(0)
+        problem = bench.problem
+        gates.compiled[problem.batch].wait(run.left_s)
+        if run.left_s < run.bucket_s:
             print(f"{problem}: no time left", flush=True)
             return
         begin = time.perf_counter()
-        bench = Bench(problem, store=store)
-        torch.cuda.empty_cache()  # what planting needed: others are tuned beside this layout
         tuned = search(task, bench)
         searched = time.perf_counter()
         drawn = random_search(bench, run.points, seed=problem.batch)
-        _, chosen = rate(bench.time, bench.default, {**tuned, **drawn}, HIT_RATES, rounds=5, repeats=5)
-        best = {("tuned" if one.trial >= 0 else "random"): one for one in reversed(chosen)}
-        triton = dataclasses.replace(bench.default, cluster_size=0)
-        final = {one.trial: one.launch for one in best.values()} | {_TRITON: triton}
-        default, rated = rate(bench.time, bench.default, final, HIT_RATES, repeats=6)
-        by_trial = {one.trial: one for one in rated}
-        bucket = bucket_of(problem.batch, problem.context, default, [one for one in rated if one.trial >= 0])
+        drew = time.perf_counter()
+        default, by_case = compared(bench, tuned, drawn)
+        shipped = by_case["tuned"] if by_case["tuned"].better else default
+        bucket = bucket_of(problem.batch, problem.context, default, [by_case["tuned"]])
         buckets.append(bucket)
-        shipped = by_trial[bucket.trial] if bucket.launch is not None else default
-        cases = {"default": default, "tuned": shipped, f"random {run.points}": by_trial[best["random"].trial]}
-        cases["triton front"] = by_trial[_TRITON]
+        best = by_case.pop("random")
+        cases = {"default": default, **by_case, "tuned": shipped, f"random {run.points}": best}
         rows = [row for name, one in cases.items() for row in _rows(bench, name, one)]
         with gpu_turn():  # the others write to the same table
             results.upsert(run.output / "tuning.csv", [{**row, **facts} for row in rows])
-        took = f"{searched - begin:.1f} + {time.perf_counter() - searched:.1f} s"
-        against = shipped.ratio.value / cases[f"random {run.points}"].ratio.value
+        took = f"{searched - begin:.1f} + {drew - searched:.1f} + {time.perf_counter() - drew:.1f} s"
+        against = shipped.ratio.value / best.ratio.value
         print(f"{line(problem, default, [shipped] if shipped is not default else [])}; {took}", flush=True)
-        print(f"  to random {against:.3f}, Triton {by_trial[_TRITON].ratio.value:.3f}, {shipped.launch}", flush=True)
+        triton = by_case["triton front"].ratio.value
+        print(f"  to random {against:.3f}, Triton {triton:.3f}, {shipped.launch}, drawn {best.launch}", flush=True)
         try:
             write(kernel_file_of(task, buckets), run.output / "tuned")
         except ExportRefused as refused:
@@ -154,17 +193,36 @@ def tune_layout(run: Run, layout: str, facts: results.Row) -> None:
         torch.cuda.empty_cache()
 
 
-def time_policies(run: Run, facts: results.Row) -> None:
+def compared(
+    bench: Bench, tuned: Mapping[int, LaunchParams], drawn: Mapping[int, LaunchParams]
+) -> tuple[Rated, dict[str, Rated]]:
+    """The default, and beside it the best of both searches, chosen in a measurement before, and the Triton front."""
+    tuned = tuned or {0: bench.default}  # where no trial kept the constraints
+    _, chosen = rate(bench.time, bench.default, {**tuned, **drawn}, HIT_RATES, rounds=5, repeats=5)
+    random_first = [one for one in chosen if one.trial < 0]
+    best = {
+        "tuned": pick([one for one in chosen if one.trial >= 0])[0],
+        "random": next((one for one in random_first if one.keeps), random_first[0]),
+    }
+    triton = dataclasses.replace(bench.default, cluster_size=0)
+    final = {one.trial: one.launch for one in best.values()} | {_TRITON: triton}
+    default, rated = rate(bench.time, bench.default, final, HIT_RATES, repeats=6)
+    by_trial = {one.trial: one for one in rated}
+    return default, {name: by_trial[one.trial] for name, one in best.items()} | {"triton front": by_trial[_TRITON]}
+
+
+def time_policies(run: Run, facts: results.Row, gates: Gates) -> None:
     """Steps of the defaults under several windows and bands: what the policies of a model are compared by."""
-    task = run.task(POLICY_LAYOUT)
-    problems = [problem for problem in task.problems() if problem.context >= 32768]
+    gates.turn.wait(run.left_s)
+    for compiled in gates.compiled.values():
+        compiled.wait(run.left_s)
+    problems = run.task(POLICY_LAYOUT, _LONG).problems()
     store = make_store(max(problems, key=lambda problem: problem.cache_bytes), seed=0)
     for window, band in POLICY_CONFIGS:
         for problem in problems:
-            if time.time() > run.until - _LEFT_S / 2:
+            if run.left_s < run.bucket_s / 2:
                 return
-            config = dataclasses.replace(CONFIG, window=window, band=band)
-            bench = Bench(problem, store=store, config=config)
+            bench = Bench(problem, store=store, config=_policy_config(window, band))
             default, _ = rate(bench.time, bench.default, {}, HIT_RATES, rounds=5, repeats=5)
             rows = _rows(bench, "default", default, window, band)
             latencies = [{**row, **facts} for row in rows if row["metric"] == "latency"]
@@ -172,6 +230,10 @@ def time_policies(run: Run, facts: results.Row) -> None:
             del bench
             torch.cuda.empty_cache()
     print("policies: done", flush=True)
+
+
+def _policy_config(window: int, band: int) -> MacConfig:
+    return dataclasses.replace(CONFIG, window=window, band=band)
 
 
 def _rows(
@@ -188,25 +250,26 @@ def _rows(
     }
     rows: list[Mapping[str, Any]] = []
     groups = problem.batch * problem.layout.num_kv_heads
-    for hit, score in {planted_share(float(hit), groups): score for hit, score in rated.latency.items()}.items():
-        us = {name: f"{value:.4g}" for name, value in (("p20", score.low), ("p50", score.value), ("p80", score.high))}
-        rows.append({**key, "hit_rate": f"{hit:.4g}", "metric": "latency", "unit": "us", **us, "n": score.n})
-    ratio = rated.ratio
-    spread = {name: f"{x:.4f}" for name, x in (("p20", ratio.low), ("p50", ratio.value), ("p80", ratio.high))}
-    rows.append({**key, "hit_rate": "all", "metric": "ratio", "unit": "of the default", **spread, "n": ratio.n})
+    for metric, scores in (("latency", rated.latency), ("ratio", rated.ratios), ("ratio", {"all": rated.ratio})):
+        for hit, score in scores.items():
+            share = hit if hit == "all" else f"{planted_share(float(hit), groups):.4g}"
+            quantiles = (("p20", score.low), ("p50", score.value), ("p80", score.high))
+            measured = {name: f"{value:.4g}" for name, value in quantiles}
+            rows.append({**key, "hit_rate": share, "metric": metric, "unit": score.unit, **measured, "n": score.n})
     return results.as_text(rows)
 
 
-def policy_jobs(run: Run) -> list[Job]:
-    """What to compile for :func:`time_policies`."""
-    layout = run.task(POLICY_LAYOUT)
-    jobs = []
-    for window, band in POLICY_CONFIGS:
-        config = dataclasses.replace(CONFIG, window=window, band=band)
-        for problem in {problem.batch: problem for problem in layout.problems()}.values():
-            sms = torch.cuda.get_device_properties(0).multi_processor_count
+def jobs_of(run: Run, name: str) -> list[Job]:
+    """What to compile for a layout, or for :func:`time_policies`."""
+    sms = torch.cuda.get_device_properties(0).multi_processor_count
+    configs = [CONFIG] if name != POLICIES else [_policy_config(*one) for one in POLICY_CONFIGS]
+    layout = name if name != POLICIES else POLICY_LAYOUT
+    problems = run.task(layout).problems()
+    jobs = [] if name == POLICIES else compile_jobs(problems, 0)
+    for config in configs:
+        for problem in {problem.batch: problem for problem in problems}.values():
             default = default_launch(problem.batch * problem.layout.num_kv_heads, config, sms, problem.page_size)
-            jobs.append(Job(problem, [default], config))
+            jobs.append(Job(problem, [default, dataclasses.replace(default, cluster_size=0)], config))
     return jobs
 
 
@@ -216,38 +279,55 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--layouts", default=",".join(LAYOUTS), help="Hq/HkvxD or policies, separated by commas")
     parser.add_argument("--trials", type=int, default=64)
     parser.add_argument("--points", type=int, default=200, help="of the random search")
-    parser.add_argument("--batches", default="1,16,64")
-    parser.add_argument("--contexts", default="32768,126976")
+    parser.add_argument("--batches", default="1,8,64")
     parser.add_argument("--seconds", type=float, default=3600.0, help="begin nothing that would take longer")
     parser.add_argument("--workers", type=int, default=12, help="processes that compile")
-    parser.add_argument("--beside", type=int, default=4, help="layouts that are tuned side by side")
+    parser.add_argument("--beside", type=int, default=5, help="layouts that are tuned side by side")
     parser.add_argument("--output", type=Path, default=results.folder(), help="tables and tuned/")
     args = parser.parse_args(argv)
-    batches, contexts = (tuple(map(int, text.split(","))) for text in (args.batches, args.contexts))
-    run = Run(args.trials, args.points, batches, contexts, args.output, time.time() + args.seconds)
+    batches, names = tuple(map(int, args.batches.split(","))), args.layouts.split(",")
+    run = Run(args.trials, args.points, batches, args.output, time.time() + args.seconds)
     args.output.mkdir(parents=True, exist_ok=True)
+    pool, begin = compile_pool(args.workers), time.perf_counter()
+    for _ in range(args.workers):  # they begin to import now
+        pool.submit(os.getpid)
+    context = multiprocessing.get_context("spawn")
+    gates = {name: Gates(context.Event(), {batch: context.Event() for batch in batches}) for name in names}
     facts = results.facts(f"python -m benchmarks.tuning --trials {args.trials} --points {args.points}")
-    begin = time.perf_counter()
-    pool = compile_pool(args.workers)
-    pending: dict[str, list[Future[int]]] = {}
-    for name in args.layouts.split(","):
-        jobs = policy_jobs(run) if name == POLICIES else compile_jobs(run.task(name).problems(), 0)
-        pending[name] = [future for job in jobs for future in submit(pool, job)]
+    processes = {}
+    for name in names:  # all at once: what they import takes longer than a bucket
+        given = (
+            (time_policies, (run, facts, gates[name]))
+            if name == POLICIES
+            else (tune_layout, (run, name, facts, gates[name]))
+        )
+        processes[name] = context.Process(target=given[0], args=given[1], daemon=True)
+        processes[name].start()
+
+    def announce(name: str, batch: int, futures: Sequence[Future[int]]) -> None:
+        wait(futures, timeout=run.left_s)
+        errors = {str(f.exception()) for f in futures if f.done() and f.exception()}
+        refused = sum(f.result() for f in futures if f.done() and not f.exception())
+        at = time.perf_counter() - begin
+        print(f"{name} B{batch}: compiled at {at:.0f} s, {refused} refused {errors or ''}", flush=True)
+        gates[name].compiled[batch].set()
+
+    for name in names:
+        jobs = jobs_of(run, name)
+        for batch in batches:
+            futures = [future for job in jobs if job.problem.batch == batch for future in submit(pool, job)]
+            threading.Thread(target=announce, args=(name, batch, futures), daemon=True).start()
 
     def one(name: str) -> int:
-        wait(pending[name], timeout=max(0.0, run.until - time.time()))
-        errors = {str(f.exception()) for f in pending[name] if f.done() and f.exception()}
-        refused = sum(f.result() for f in pending[name] if f.done() and not f.exception())
-        print(f"{name}: compiled at {time.perf_counter() - begin:.0f} s, {refused} refused {errors or ''}", flush=True)
-        target, given = (time_policies, (run, facts)) if name == POLICIES else (tune_layout, (run, name, facts))
-        process = multiprocessing.get_context("spawn").Process(target=target, args=given)
-        process.start()
-        process.join()
-        print(f"{name}: exit {process.exitcode} at {time.perf_counter() - begin:.0f} s", flush=True)
-        return process.exitcode or 0
+        gates[name].turn.set()
+        processes[name].join(run.left_s)
+        processes[name].kill()
+        processes[name].join()
+        print(f"{name}: exit {processes[name].exitcode} at {time.perf_counter() - begin:.0f} s", flush=True)
+        return processes[name].exitcode or 0
 
     with ThreadPoolExecutor(args.beside) as lanes:
-        failed = any(list(lanes.map(one, pending)))
+        failed = any(list(lanes.map(one, names)))
     pool.shutdown(wait=False, cancel_futures=True)
     return int(failed)
 

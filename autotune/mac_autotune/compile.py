@@ -16,7 +16,7 @@ from mac_kernels.launch import LaunchParams
 from .kernel import CONFIG, Problem, unusable
 
 Progress = Callable[[int, int], None]
-_PIECE = 3  # launch parameters that a process is handed at once
+_PIECE = 2  # launch parameters that a process is handed at once
 _TOKENS = 64  # of the step that is compiled; the context is not compiled in
 _STEP: dict[tuple[str, MacConfig], Callable[[LaunchParams], None]] = {}
 """In a worker: the step of the problem that it compiled last."""

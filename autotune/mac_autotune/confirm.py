@@ -12,14 +12,13 @@ from mac_kernels import MacConfig
 from mac_transformers.compare import Comparison, compare
 from mac_transformers.policies import Mac
 
+from .export import PRESET
 from .latency import LatencyModel, Reads
 from .limits import violations
 from .quality import texts
 from .quality.metrics import BLOCK, Estimate, divergence, estimate
 from .quality.suites import Bench, needle_suite
 
-PRESET = "preset"
-"""Name of the preset among the policies that are confirmed."""
 NEEDLE_TASKS = ("single", "multi_key")
 
 

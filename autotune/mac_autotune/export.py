@@ -9,10 +9,11 @@ import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import optuna
+from numpy.typing import NDArray
 
 from mac_kernels import MacConfig, __version__
 from mac_kernels.launch import LaunchParams
@@ -29,12 +30,18 @@ from mac_kernels.tuned import (
     save,
 )
 
-from .confirm import PRESET, Confirmed
 from .errors import ExportRefused
-from .quality.metrics import Estimate
 
+if TYPE_CHECKING:  # what confirms a policy imports transformers, which a kernel's study does not need
+    from .confirm import Confirmed
+    from .quality.metrics import Estimate
+
+PRESET = "preset"
+"""Name of the preset among the policies that are confirmed."""
 COVERED = 1.5
 """How far beyond the measured batch sizes and contexts a file speaks, as a factor."""
+SLOWER = 1.02
+"""No hit rate may get slower than the default by more than this factor."""
 _PACKAGES = ("torch", "triton", "transformers", "optuna")
 
 
@@ -48,18 +55,27 @@ class Times(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Rated:
-    """Launch parameters measured beside the default: latency by hit rate, ratio to the default with its range."""
+    """Launch parameters measured beside the default.
+
+    ``latency`` in us and ``ratios`` to the default by hit rate; ``ratio``: their geometric mean. Those have the range
+    over the rounds as their interval.
+    """
 
     launch: LaunchParams
     trial: int
     latency: Mapping[str, Score]
+    ratios: Mapping[str, Score]
     ratio: Score
-    worst: float
+
+    @property
+    def keeps(self) -> bool:
+        """Whether no hit rate got slower beyond the limit."""
+        return all(one.value <= SLOWER for one in self.ratios.values())
 
     @property
     def better(self) -> bool:
-        """Faster in every round (by chance alone: less than 1 % of seven), and at no hit rate slower by over 2 %."""
-        return self.ratio.high < 1 and self.worst <= 1.02
+        """Faster in every round (by chance alone: less than 1 % of seven), and no hit rate got slower."""
+        return self.ratio.high < 1 and self.keeps
 
 
 def rate(
@@ -103,12 +119,19 @@ def _rated(
         for hit, timings in own.items()
     }
     logs = np.array([[np.log(a.p50_us / b.p50_us) for a, b in zip(own[hit], base[hit], strict=True)] for hit in own])
-    per_round = np.exp(logs.mean(0))
-    value = float(np.exp(logs.mean()))
-    ratio = Score(
-        value=value, low=float(per_round.min()), high=float(per_round.max()), unit="of the default", n=len(per_round)
-    )
-    return Rated(launch, trial, latency, ratio, float(np.exp(np.median(logs, axis=1).max())))
+    ratios = {f"{hit:g}": _ratio(rounds, float(np.median(rounds))) for hit, rounds in zip(own, logs, strict=True)}
+    return Rated(launch, trial, latency, ratios, _ratio(logs.mean(0), float(logs.mean())))
+
+
+def _ratio(rounds: NDArray[np.float64], value: float) -> Score:
+    """The ratio whose logarithm is ``value``, and its range over the rounds."""
+    low, value, high = (float(np.exp(log)) for log in (rounds.min(), value, rounds.max()))
+    return Score(value=value, low=low, high=high, unit="of the default", n=len(rounds))
+
+
+def pick(rated: Sequence[Rated]) -> list[Rated]:
+    """What of candidates, best first, to measure once more: the fastest that is better, or else the fastest."""
+    return [next((one for one in rated if one.better), rated[0])] if rated else []
 
 
 def bucket_of(batch: int, context: int, default: Rated, candidates: Sequence[Rated]) -> Bucket:

@@ -30,8 +30,8 @@ HIT_RATES = (1.0, 0.9, 0.5, 0.0)
 CONFIG = dataclasses.replace(MacConfig(), influence=None, break_even=None)
 SHORTEST = CONFIG.min_context + 1
 """Tokens that a planted step needs at least."""
-SLOWER = 1.02
-"""No hit rate may get slower than the default by more than this factor."""
+SLOWER_IN_TRIAL = 1.05
+"""No hit rate may get slower by more than this factor: the limit of the export, and what a few samples may be off."""
 _WRONG = 1e-2  # of the output's norm: two roundings to bf16
 _ROUND_US = 500.0
 _MOST_CALLS = 8
@@ -101,7 +101,8 @@ class Bench:
         whole = make_store(problem, seed=seed, device=device) if store is None else store
         self._store = _regrouped(whole, problem)
         self._table: Any = self._store.table([problem.context] * problem.batch)
-        self._scenarios = {hit: self._plant(hit, seed) for hit in hit_rates}
+        with gpu_turn(device == "cuda"):
+            self._scenarios = {hit: self._plant(hit, seed) for hit in hit_rates}
         self.default = default_launch(
             problem.batch * problem.layout.num_kv_heads, config, num_sms(device), problem.page_size
         )
@@ -239,19 +240,20 @@ class KernelObjective:
             report(mean_ratio(ratios.values()), step)
         worst = max(ratios.values())
         notes = {"ratio": {f"{hit:g}": round(ratio, 4) for hit, ratio in ratios.items()}}
-        return Measured((mean_ratio(ratios.values()),), {"usable": 0.0, "slower": worst - SLOWER}, notes)
+        return Measured((mean_ratio(ratios.values()),), {"usable": 0.0, "slower": worst - SLOWER_IN_TRIAL}, notes)
 
 
 def make_store(problem: Problem, *, seed: int, device: str = "cuda") -> PagedStore:
     """A filled cache for the problem."""
-    return random_store(
-        [problem.context] * problem.batch,
-        problem.layout,
-        page_size=problem.page_size,
-        dtype=problem.dtype,
-        device=device,
-        seed=seed,
-    )
+    with gpu_turn(device == "cuda"):
+        return random_store(
+            [problem.context] * problem.batch,
+            problem.layout,
+            page_size=problem.page_size,
+            dtype=problem.dtype,
+            device=device,
+            seed=seed,
+        )
 
 
 def _regrouped(store: PagedStore, problem: Problem) -> PagedStore:

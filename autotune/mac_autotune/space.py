@@ -23,8 +23,9 @@ LAUNCH_CHOICES: dict[str, tuple[int, ...]] = {
     "programs_per_sm": (1, 2, 3),
     "rest_tile_bytes": (16 * _KB, 32 * _KB, 64 * _KB),
     "rest_warps": (4, 8),
-    "rest_stages": (2, 3, 4, 5),
-    "block_parts": (4, 8, 16, 32),
+    "rest_stages": (3, 5, 7),
+    "block_parts": (4, 8, 16, 32, 64),
+    "complete_splits": (1, 2, 4),
     "complete_warps": (1, 2, 4),
     "cluster_size": (0, 1, 2, 4, 8),
     "front_warps": (4, 8),
@@ -35,7 +36,7 @@ KERNELS: dict[str, tuple[str, ...]] = {
     "scout": ("scout_tile_bytes", "scout_warps", "scout_stages", "block_rows"),
     "decide": ("decide_warps",),
     "rest": ("rest_tile_bytes", "rest_warps", "rest_stages"),
-    "complete": ("block_parts", "complete_warps"),
+    "complete": ("block_parts", "complete_splits", "complete_warps"),
     "front": ("cluster_size", "front_warps"),
 }
 """The fields that each kernel is compiled for: what they do not share need not be compiled in every combination."""
@@ -84,11 +85,15 @@ class LaunchSpace:
 
     def suggest(self, trial: Suggest) -> LaunchParams:
         """Let a trial choose."""
-        return self.build({name: trial.suggest_categorical(name, LAUNCH_CHOICES[name]) for name in self._names})
+        return self.build({name: trial.suggest_categorical(name, self._choices(name)) for name in self._names})
 
     def build(self, params: Mapping[str, Any]) -> LaunchParams:
         """What a finished trial chose."""
         return dataclasses.replace(self.default, **params)
+
+    def _choices(self, name: str) -> tuple[int, ...]:
+        """Where the front can serve, it does."""
+        return tuple(c for c in LAUNCH_CHOICES[name] if c > 0 or not self.front)
 
     @property
     def _names(self) -> list[str]:
@@ -127,13 +132,9 @@ def variants(space: LaunchSpace) -> list[LaunchParams]:
             for splits in LAUNCH_CHOICES["splits"]
             for values in _side_by_side(rows.values())
         ]
-    behind_front = [row for row in rows["front"] if row["cluster_size"] > 0]
-    # the last kernel does less behind the front
-    without = [dataclasses.replace(default, cluster_size=0, **row) for row in rows["complete"]]
-    return without + [
-        dataclasses.replace(default, **values)
-        for values in _side_by_side((behind_front, rows["rest"], rows["complete"]))
-    ]
+    front = [row for row in rows.pop("front") if row["cluster_size"] > 0]
+    # one after the other: processes that compile side by side would all begin with the few variants of the front
+    return [dataclasses.replace(default, **values) for values in (*front, *_side_by_side(rows.values()))]
 
 
 def _combinations(fields: tuple[str, ...]) -> list[dict[str, int]]:

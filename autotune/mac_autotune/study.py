@@ -6,6 +6,7 @@ import datetime
 import math
 import os
 import socket
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -141,8 +142,12 @@ def run_study(plan: StudyPlan, objective: Objective, watch: Watch | None = None)
     if not study.get_trials(deepcopy=False):
         study.enqueue_trial(objective.params(), skip_if_exists=True)
     deadline = math.inf if plan.timeout_s is None else time.monotonic() + plan.timeout_s
-    while finished(study) < plan.trials and time.monotonic() < deadline:
-        study.optimize(signed, n_trials=1, callbacks=[] if watch is None else [watch])
+    try:
+        while finished(study) < plan.trials and time.monotonic() < deadline:
+            study.optimize(signed, n_trials=1, callbacks=[] if watch is None else [watch])
+    except KeyboardInterrupt:
+        print("interrupted: no finished trial is lost, the same command goes on", file=sys.stderr)
+        raise
     return study
 
 
@@ -189,6 +194,7 @@ def _measure(study: optuna.Study, trial: optuna.Trial, objective: Objective) -> 
     try:
         measured = objective.measure(point, report)
     except KeyboardInterrupt:
+        optuna.logging.set_verbosity(optuna.logging.ERROR)  # or it would log a traceback
         study.enqueue_trial(trial.params)
         raise
     for name, value in measured.constraints.items():

@@ -13,13 +13,13 @@ from mac_kernels.launch import LaunchParams, default_launch
 from mac_kernels.tuned import Bucket, KernelFile, KernelKey
 
 from .compile import Job, compile_ahead
-from .export import Rated, bucket_of, kernel_file, provenance, rate
+from .export import Rated, bucket_of, kernel_file, pick, provenance, rate
 from .kernel import CONFIG, HIT_RATES, SHORTEST, Bench, KernelObjective, Problem, make_store, num_sms
 from .progress import StudyPanel
 from .space import variants
 from .study import StudyPlan, ranked, run_study
 
-TOP = 3
+TOP = 5
 """How many of a study's best are measured again."""
 Say = Callable[[str], None]
 
@@ -125,7 +125,7 @@ def search(task: KernelTask, bench: Bench) -> dict[int, LaunchParams]:
 def measured_again(bench: Bench, candidates: Mapping[int, LaunchParams]) -> tuple[Rated, list[Rated]]:
     """The default and the best candidate: chosen in one measurement, rated in another, which owes nothing to luck."""
     _, chosen = rate(bench.time, bench.default, candidates, HIT_RATES, rounds=5)
-    best = {one.trial: one.launch for one in chosen[:1]}
+    best = {one.trial: one.launch for one in pick(chosen)}
     return rate(bench.time, bench.default, best, HIT_RATES)
 
 

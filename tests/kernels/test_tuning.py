@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mac_autotune.compile import Job, compile_ahead
-from mac_autotune.kernel import CONFIG, HIT_RATES, SLOWER, Bench, KernelObjective, Problem
+from mac_autotune.kernel import CONFIG, HIT_RATES, SLOWER_IN_TRIAL, Bench, KernelObjective, Problem
 from mac_autotune.space import LAUNCH_CHOICES
 from mac_kernels import HeadLayout, MacConfig
 from mac_kernels.launch import LaunchParams
@@ -59,7 +59,7 @@ def test_a_trial_is_relative_to_the_default(bench: Bench, monkeypatch: pytest.Mo
     objective, seen = KernelObjective(bench), []
     measured = objective.measure(bench.default, lambda value, step: seen.append((step, value)))
     assert measured.values[0] == pytest.approx((2 * 0.5**3) ** (1 / 4))
-    assert measured.constraints == {"usable": 0.0, "slower": pytest.approx(2 - SLOWER)}
+    assert measured.constraints == {"usable": 0.0, "slower": pytest.approx(2 - SLOWER_IN_TRIAL)}
     assert [step for step, _ in seen] == list(range(len(HIT_RATES))) and seen[0][1] == pytest.approx(2)
 
 

@@ -12,9 +12,9 @@ import pytest
 
 pytest.importorskip("optuna")
 
-from mac_autotune.confirm import PRESET, Confirmed
+from mac_autotune.confirm import Confirmed
 from mac_autotune.errors import ExportRefused
-from mac_autotune.export import bucket_of, covered, kernel_file, policy_file, provenance, rate
+from mac_autotune.export import PRESET, bucket_of, covered, kernel_file, policy_file, provenance, rate
 from mac_autotune.latency import Curve, LatencyModel, Reads, curves_in, curves_of, latency_model
 from mac_autotune.limits import LIMITS, violations
 from mac_autotune.quality.metrics import Estimate

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import multiprocessing
 import threading
 import time
 from collections.abc import Mapping
@@ -92,9 +93,12 @@ def test_a_comparison_keeps_every_bucket_that_it_finished(tmp_path: Path, monkey
     monkeypatch.setattr(tuning, "Bench", FakeBench)
     monkeypatch.setattr(tuning, "make_store", lambda problem, seed: None)
     monkeypatch.setattr(tuning, "gpu_turn", contextlib.nullcontext)
-    run = tuning.Run(12, 20, (1, 64), (32768, 126976), tmp_path, until=float("inf"))
+    run = tuning.Run(12, 20, (1, 64), tmp_path, until=time.time() + 3600)
+    gates = tuning.Gates(multiprocessing.Event(), {1: multiprocessing.Event(), 64: multiprocessing.Event()})
+    for event in (gates.turn, *gates.compiled.values()):
+        event.set()
     facts = dict.fromkeys(results.COLUMNS[len(results.KEY) + 5 :], "x")
-    tuning.tune_layout(run, "32/8x128", facts)
+    tuning.tune_layout(run, "32/8x128", facts, gates)
     rows = [row for row in results.read(tmp_path / "tuning.csv") if row["metric"] == "ratio"]
     buckets = {("1", "32768"), ("1", "126976"), ("64", "32768")}
     assert {(row["batch"], row["context"]) for row in rows} == buckets, "64 x 126976 tokens need 33 GB"
@@ -106,8 +110,8 @@ def test_a_comparison_keeps_every_bucket_that_it_finished(tmp_path: Path, monkey
     assert file.provenance.command.endswith(
         "--hq 32 --hkv 8 --head-dim 128 --batches 1,64 --contexts 32768,126976 --trials 12"
     )
-    late = tuning.Run(12, 20, (1,), (32768,), tmp_path / "late", until=0.0)
-    tuning.tune_layout(late, "32/8x128", facts)
+    late = tuning.Run(12, 20, (1,), tmp_path / "late", until=0.0)
+    tuning.tune_layout(late, "32/8x128", facts, gates)
     assert not (tmp_path / "late").exists()
 
 
