@@ -24,12 +24,8 @@ class Branches:
     """
 
     def __init__(self, device: torch.device, count: int) -> None:
-        on_gpu = device.type == "cuda" and count > 1
-        self._streams = (
-            [torch.cuda.Stream(device) for _ in range(min(count, _MOST))]  # type: ignore[no-untyped-call]
-            if on_gpu
-            else []
-        )
+        streams = min(count, _MOST) if device.type == "cuda" and count > 1 else 0
+        self._streams = [torch.cuda.Stream(device) for _ in range(streams)]  # type: ignore[no-untyped-call]
 
     @contextmanager
     def forked(self) -> Iterator[list[AbstractContextManager[object]]]:
