@@ -43,7 +43,8 @@ class MacConfig:
     min_context : int, tokens, default 2048
         Requests shorter than this are computed exactly (their rows are stored); more than ``band + sinks``.
     max_age : int or None, tokens, default 1024
-        Largest distance to the last exact prefix that a reused state descends from, ``>= 1``; ``None``: no limit.
+        Largest distance to the last exact prefix that a reused state descends from, 16 tokens more for each time that
+        it was handed on, ``>= 1``; ``None``: no limit.
     match_scope : {"head", "group"}, default "head"
         Nearest row of every head, or one common row per kv group (smallest worst-head distance).
     nominees : int or None, default 12

@@ -10,7 +10,7 @@ import torch
 from .attend.reference import partial_attention
 from .complete.reference import correct, merge_state
 from .config import MacConfig
-from .match.accept import accept
+from .match.accept import HANDOVER, accept
 from .match.reference import find_match
 from .paged import PagedKV
 from .ring import RingPool, RingRows
@@ -83,7 +83,7 @@ def reference_step(
     if rest.kbar is not None:
         rest = rest._replace(kbar=rope.pull_back(rest.kbar, position))
     row = merge_state(_masked(candidate, reuse), rest)
-    row_anchor = torch.where(reuse, anchor, position[:, None])
+    row_anchor = torch.where(reuse, anchor - HANDOVER, position[:, None])
     row_anchor = row_anchor.view(len(position), -1, group).amin(-1)
     target = torch.where(kv_len > 0, ring, -1)
     rings.write(layer, target, position, q_pre=q_pre, state=row, anchor=row_anchor, seen=selected.seen)

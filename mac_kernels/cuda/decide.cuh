@@ -115,7 +115,7 @@ DEVICE Verdict decide(const Args& a, const Step& s, const Shared& shared, Limits
     v.start = v.reuse ? max(v.pos + 1 - BAND, SINKS) : SINKS;
     v.low = min(__reduce_min_sync(ALL_LANES, known ? v.start : 0x7fffffff), v.stop);
     const int oldest = __reduce_min_sync(ALL_LANES, known ? anchor : 0x7fffffff);
-    v.anchor = v.reuse ? oldest : s.position;
+    v.anchor = v.reuse ? oldest - HANDOVER : s.position;
     if (notes) note(a, s, v, near.x, weight_bound, v.reuse ? HIT : worst, head_hit, lane);
     return v;
 }

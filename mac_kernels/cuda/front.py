@@ -11,6 +11,7 @@ import torch
 
 from ..config import MacConfig
 from ..launch import LaunchParams
+from ..match.accept import HANDOVER
 from ..paged import PagedKV, Scale
 from ..ring import RingPool
 from . import compiler
@@ -161,6 +162,7 @@ def bind_front(
     tensors = {name: values[name] for name in _LAYER_POINTERS}
     definitions = {
         **{name: int(values[name]) for name in _CONSTANTS},
+        "HANDOVER": HANDOVER,
         "CLUSTER": launch.cluster_size,
         "THREADS": 32 * launch.front_warps,
         "BLOCKS_PER_SM": _blocks_per_sm(

@@ -11,6 +11,10 @@ from ..config import HeadTable, MacConfig
 from ..errors import InputError
 from ..types import HeadLayout
 
+HANDOVER = 16
+"""Tokens of age that a state gains whenever it is handed on: a reused group stores the anchor of its oldest row less
+this. The error of a state grows with both, and a text that goes in circles hands it on every few tokens."""
+
 
 def distance_cap(config: MacConfig, head_dim: int) -> float:
     """Largest accepted query distance (exclusive), ``sqrt(2 D) (1 - threshold)``; ``inf`` for threshold ``-inf``."""
@@ -94,7 +98,7 @@ def accept(
     weight_bound : torch.Tensor, [...] fp32, in [0, 1]
         Upper bound of the weight that the reused state will get in the output.
     age : torch.Tensor, [...] int64, tokens
-        Distance to the last exact prefix that the state descends from.
+        Distance to the last exact prefix that the state descends from, and ``HANDOVER`` for each time it was handed on.
     config : MacConfig
         ``threshold``, ``influence`` and ``max_age`` are used, and their tables (the last dim is then ``Hq``).
     head_dim : int

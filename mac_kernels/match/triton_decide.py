@@ -7,6 +7,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ..device import load_unrotated, position_of, ring_of, rotation_at, rows_to_search
+from .accept import HANDOVER
 from .triton_nominate import INFINITE_KEY, key_pos, nearest_of, nominate
 
 # Reason codes of mac_kernels.types.Reason
@@ -20,6 +21,7 @@ _AGE = tl.constexpr(6)
 _INFLUENCE = tl.constexpr(7)
 _NUM_REASONS = tl.constexpr(8)
 _NEVER = tl.constexpr(2147483647)
+_HANDOVER = tl.constexpr(HANDOVER)
 
 
 @triton.jit
@@ -206,7 +208,7 @@ def decide_kernel(
 
     start = tl.where(reuse, tl.maximum(pos + 1 - BAND, SINKS), SINKS)
     low = tl.minimum(tl.min(tl.where(mask_h, start, _NEVER), 0), stop)
-    new_anchor = tl.where(reuse, tl.min(tl.where(mask_h, anchor, _NEVER), 0), position)
+    new_anchor = tl.where(reuse, tl.min(tl.where(mask_h, anchor, _NEVER), 0) - _HANDOVER, position)
 
     heads = group * (3 * GROUP) + head
     note_heads(

@@ -21,7 +21,7 @@ def seen() -> tuple[Watch, list[Seen]]:
         LlamaConfig(vocab_size=32, num_hidden_layers=1, head_dim=8, initializer_range=0.3, **shape)
     )
     config = MacConfig(
-        window=16, band=4, sinks=1, min_context=8, threshold=0.3, influence=None, nominees=None, max_age=30
+        window=16, band=4, sinks=1, min_context=8, threshold=0.3, influence=None, nominees=None, max_age=120
     )
     watch, passes = Watch(), []
 

@@ -18,7 +18,7 @@ from mac_transformers.policies import Mac
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TCA = dataclasses.replace(CONFIG, refresh=6, mass_target=0.05)  # a low target trusts nearly every selection
-MAC = MacConfig(window=8, band=8, sinks=2, min_context=16, threshold=-0.6, influence=None, max_age=32, tca=TCA)
+MAC = MacConfig(window=8, band=8, sinks=2, min_context=16, threshold=-0.6, influence=None, max_age=40, tca=TCA)
 
 
 @pytest.fixture(scope="module")

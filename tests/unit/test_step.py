@@ -6,11 +6,12 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mac_kernels import BatchMacDecodeWithPagedKVCacheWrapper, MacConfig, Reason, Rope, StepTrace
 from mac_kernels.counters import DecodeCounters
+from mac_kernels.match.accept import HANDOVER
 from mac_kernels.testing.conformance import Case, Session
 from mac_kernels.types import covered_end
 
@@ -68,6 +69,30 @@ def two_hops(size: float, *, correction: bool, still: bool) -> tuple[torch.Tenso
     frozen = torch.stack([rotation(phase[j]).T @ keys[j] for j in range(1, m - 1)])
     query = session.truth[0].q_pre(result.q[0], m)
     return lse2, (query @ frozen.T / math.sqrt(8)).logsumexp(-1) / math.log(2)
+
+
+@given(st.none() | st.integers(1, 150), st.integers(1, 7))
+@settings(max_examples=20, deadline=None)
+def test_a_state_that_goes_in_circles_ages_with_every_hand(max_age, period):
+    """Every token repeats the one a period ago: ages add up tokens and hands, and anchors may fall below zero."""
+    config = MacConfig(
+        window=8, band=2, sinks=1, min_context=4, threshold=0.0, influence=None, max_age=max_age, break_even=None
+    )
+    session = Session(reference, Case(head_dim=8, kv_heads=1), config, batch=1, capacity=60, seed=5)
+    circle, prompt = 20 * session.draw(period, 2, 8), 12
+    session.prefill([prompt], [circle[torch.arange(prompt) % period]])
+    ring = int(session.rings.slot_table[session.slots[0]])
+    anchors = list(range(prompt))
+    for m in range(prompt, 55):
+        result = session.step(circle[None, m % period])
+        matched = result.trace.matched_pos[0].tolist()  # rounding chooses among rows that are equally near
+        assert all((m - p) % period == 0 for p in matched)
+        oldest = min(anchors[p] for p in matched)
+        hit = max_age is None or m - oldest <= max_age
+        assert result.reasons == {Reason.HIT if hit else Reason.AGE}
+        anchors.append(oldest - HANDOVER if hit else m)
+        assert int(session.rings.fields["anchor"][session.layer, ring, m % config.window, 0]) == anchors[m]
+    assert max_age is not None or min(anchors) < 0
 
 
 @pytest.mark.parametrize("still", [True, False], ids=["phase fixed", "phase turning"])

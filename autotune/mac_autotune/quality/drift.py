@@ -22,8 +22,9 @@ _HOPS = (1, 2, 4, 8, 16, 32, 1 << 30)
 class Watch:
     """Looks on at a comparison; follows every stored state from hand to hand and samples errors of reused groups.
 
-    The age of a reused group is the distance to its anchor (the last position at which its prefix was computed
-    exactly), its hops are how often its oldest state was handed on since.
+    The age of a reused group is what the acceptance rule compares with ``max_age``: the distance to its anchor, the
+    last position at which its prefix was computed exactly, less ``HANDOVER`` for every time that it was handed on. Its
+    hops are how often its oldest state was.
     """
 
     def __init__(self) -> None:

@@ -118,7 +118,7 @@ CONFIGS: dict[str, MacConfig] = {
     "head": _BASE,
     "group": variant(match_scope="group"),
     "bound": variant(influence=0.35),
-    "aged": variant(max_age=9),
+    "aged": variant(max_age=25),  # rows of the window are young, those that were handed on twice are not
     "plain": variant(correction=False),
     "no-sinks": variant(sinks=0),
     "wide": variant(window=40, band=3, sinks=5),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ...errors import UnsupportedError
+from ...match.accept import HANDOVER
 from ...rope import Rope
 from ...types import Reason
 from ..scenario import plant_step
@@ -87,7 +88,8 @@ class Invariants(Kit):
             if t % 64 == 63:
                 session.check_rows(0)
         assert session.hits[0] > 0.3 * session.hits[1], f"the chain must reuse, got {session.hits}"
-        assert min(int(row.anchor.min()) for row in session.truth[0].rows.values() if row.lse2.isfinite().all()) >= 0
+        oldest = min(int(row.anchor.min()) for row in session.truth[0].rows.values() if row.lse2.isfinite().all())
+        assert oldest >= -HANDOVER * self.chain_steps, "a state is handed on once a step at most"
 
     def test_ages_past_the_window(self) -> None:
         """A state may descend from a prefix that left the ring long ago; its anchor still says so."""

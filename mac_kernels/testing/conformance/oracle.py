@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from ...config import MacConfig
+from ...match.accept import HANDOVER
 from ...rope import Rope
 from ...types import HeadLayout
 
@@ -169,7 +170,7 @@ class ChainOracle:
             assert t - self.config.window < p < t, f"head {head} matched {p} outside ({t - self.config.window}, {t})"
             row = self._matched_row(head, p)
             start[head] = self.covered_end(p)
-            anchor[head] = row.anchor[head // self.layout.group_size]
+            anchor[head] = row.anchor[head // self.layout.group_size] - HANDOVER
             self._reuse(reused, head, row, q_pre)
         between = self._between(t + 1, start, stop)
         fresh = self.range_state(q, k, v, between if keep is None else between & keep)
