@@ -7,6 +7,7 @@ import itertools
 import re
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -45,11 +46,20 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the chosen cases; 0 if all results were right, 1 if one was wrong, 2 without a GPU."""
-    args = parse(argv)
+def missing() -> str | None:
+    """What this machine lacks to time anything, and what to do."""
     if not torch.cuda.is_available():
-        print("no CUDA device: timings are only taken on a GPU", file=sys.stderr)
+        return "no CUDA device: timings are only taken on a GPU"
+    if find_spec("flashinfer") is None:
+        return "flashinfer-python, beside which everything is timed, is not installed: pip install -e '.[flashinfer]'"
+    return None
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the chosen cases; 0 if all results were right, 1 if one was wrong, 2 without a GPU or FlashInfer."""
+    args = parse(argv)
+    if lack := missing():
+        print(lack, file=sys.stderr)
         return 2
     path = args.output or results.folder() / f"{args.suite}.csv"
     plain = " --no-correction" if args.no_correction else ""

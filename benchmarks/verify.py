@@ -12,7 +12,7 @@ import sys
 
 from .mac_tca import MissCase
 from .run import main as run
-from .run import parse
+from .run import missing, parse
 
 
 def kits(args: argparse.Namespace) -> list[str]:
@@ -25,8 +25,12 @@ def kits(args: argparse.Namespace) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """0 if the tests pass and every timed result is right."""
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-n", "auto", *kits(parse(argv))]
+    """0 if the tests pass and every timed result is right, 2 where they would be skipped."""
+    args = parse(argv)
+    if lack := missing():
+        print(lack, file=sys.stderr)
+        return 2
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-n", "auto", *kits(args)]
     if subprocess.run(command, check=False).returncode:
         print("the conformance tests are red: nothing is timed", file=sys.stderr)
         return 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -34,13 +35,13 @@ class PageTable:
     page_size: int
 
     def __post_init__(self) -> None:
-        if self.page_size < 1:
+        if not isinstance(self.page_size, numbers.Integral) or self.page_size < 1:
             raise InputError(f"page_size={self.page_size} must be >= 1 token; pass the page size of the KV cache")
         for name in ("indptr", "indices", "last_page_len"):
             tensor = getattr(self, name)
             if tensor.dim() != 1 or tensor.dtype not in _INDEX_DTYPES:
                 raise InputError(
-                    f"{name} must be one-dimensional int32, got {list(tensor.shape)} {tensor.dtype}; "
+                    f"{name} must be one-dimensional int32 or int64, got {list(tensor.shape)} {tensor.dtype}; "
                     "build it as for FlashInfer's plan()"
                 )
             require_contiguous(name, tensor)
@@ -282,7 +283,10 @@ class PagedKV:
             )
 
         if isinstance(self.k_scale, torch.Tensor) != isinstance(self.v_scale, torch.Tensor):
-            raise InputError("k_scale and v_scale must be two numbers or two device scalars; pass both of one kind")
+            raise InputError(
+                f"k_scale={self.k_scale} and v_scale={self.v_scale} must be two numbers or two device scalars; "
+                "pass both of one kind"
+            )
         for name in ("k_scale", "v_scale"):
             _check_scale(name, scale := getattr(self, name))
             if isinstance(scale, int):  # Triton would compile the integer 1 into the kernel
@@ -324,8 +328,8 @@ def _check_scale(name: str, scale: Scale) -> None:
     if isinstance(scale, torch.Tensor):
         if scale.numel() != 1 or scale.dtype != torch.float32:
             raise InputError(f"{name} must hold one fp32, got {list(scale.shape)} {scale.dtype}; convert it once")
-    elif not (math.isfinite(scale) and scale > 0):
-        raise InputError(f"{name}={scale} must be finite and > 0; leave it out for 1")
+    elif not (isinstance(scale, numbers.Real) and math.isfinite(scale) and scale > 0):
+        raise InputError(f"{name}={scale!r} must be finite and > 0; leave it out for 1")
 
 
 def _short(values: list[int]) -> str:

@@ -193,6 +193,8 @@ def make_plan(
         If the named backend cannot run the configuration.
     """
     config = MacConfig() if config is None else config
+    if not isinstance(config, MacConfig):
+        raise InputError(f"config={config!r} must be a MacConfig; MacConfig.preset('careful') makes one")
     sm_scale = 1 / math.sqrt(layout.head_dim) if sm_scale is None else sm_scale
     if not (math.isfinite(sm_scale) and sm_scale > 0):
         raise InputError(f"sm_scale={sm_scale} must be finite and > 0; leave it out for 1 / sqrt(head_dim)")

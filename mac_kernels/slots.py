@@ -81,6 +81,8 @@ def check_slots(slots: torch.Tensor, generations: torch.Tensor, batch_size: int)
         If either is not [B] int32 or int64, or not contiguous.
     """
     for name, tensor in (("slots", slots), ("generations", generations)):
+        if not isinstance(tensor, torch.Tensor):
+            raise InputError(f"{name} must be [{batch_size}] int32 or int64, got {tensor!r}; pass a tensor")
         if tensor.shape != (batch_size,) or tensor.dtype not in (torch.int32, torch.int64):
             raise InputError(
                 f"{name} must be [{batch_size}] int32 or int64, got {list(tensor.shape)} {tensor.dtype}; one each"

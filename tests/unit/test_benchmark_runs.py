@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks import plot, results, run, verify
 from benchmarks.decode import BYPASSED, Measured
@@ -55,6 +56,7 @@ def test_nothing_is_timed_on_red_kits(
         commands.append(command)
         return SimpleNamespace(returncode=red)
 
+    monkeypatch.setattr(verify, "missing", lambda: None)
     monkeypatch.setattr(subprocess, "run", judge)
     monkeypatch.setattr(verify, "run", lambda argv: timed.append(argv) or 0)
     assert verify.main(arguments) == red
@@ -63,6 +65,18 @@ def test_nothing_is_timed_on_red_kits(
     assert command[1:8] == ["-m", "pytest", "-q", "-m", "gpu", "-n", "auto"]
     assert command[8:] == [f"tests/kernels/{kit}" for kit in kits]
     assert all((Path(__file__).parents[2] / path).is_file() for path in command[8:])
+
+
+@pytest.mark.parametrize("main", [run.main, verify.main])
+@pytest.mark.parametrize(("gpu", "message"), [(False, "no CUDA device"), (True, "pip install -e '.[flashinfer]'")])
+def test_what_is_missing_is_told_before_anything_runs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], main: Any, gpu: bool, message: str
+) -> None:
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("started"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(run, "find_spec", lambda _: None)
+    assert main(["decode"]) == 2
+    assert message in capsys.readouterr().err
 
 
 def timing(p50: float) -> Timing:

@@ -87,6 +87,16 @@ MISUSES: dict[str, tuple[Callable[[Setup], Any], type[Exception], tuple[str, ...
         ("last_page_len[0]=0", "[1, 4]"),
     ),
     "page size 0": (lambda s: s.plan(page_size=0), mk.InputError, ("page_size=0", ">= 1", "page size of the KV cache")),
+    "page size with a fraction": (
+        lambda s: s.plan(page_size=1.5),
+        mk.InputError,
+        ("page_size=1.5", ">= 1", "page size of the KV cache"),
+    ),
+    "config by its name": (
+        lambda s: s.plan(config="careful"),
+        mk.InputError,
+        ("config='careful'", "a MacConfig", "MacConfig.preset"),
+    ),
     "scale 0": (lambda s: s.plan(sm_scale=0.0), mk.InputError, ("sm_scale=0.0", "> 0", "leave it out")),
     "scale NaN": (lambda s: s.plan(sm_scale=math.nan), mk.InputError, ("sm_scale=nan", "finite", "leave it out")),
     "soft-cap negative": (
@@ -193,6 +203,12 @@ MISUSES: dict[str, tuple[Callable[[Setup], Any], type[Exception], tuple[str, ...
     ),
     "layer out of range": (lambda s: s.run(layer=2), mk.InputError, ("layer=2", "[0, 1]", "check num_layers")),
     "layer negative": (lambda s: s.run(layer=-1), mk.InputError, ("layer=-1", "[0, 1]", "check num_layers")),
+    "slots as a list": (lambda s: s.run(slots=[0, 1]), mk.InputError, ("slots", "[2]", "got [0, 1]", "pass a tensor")),
+    "scale of the keys as text": (
+        lambda s: s.run(k_scale="a"),
+        mk.InputError,
+        ("k_scale='a'", "finite and > 0", "leave it out"),
+    ),
     "slots of another batch": (
         lambda s: s.run(slots=torch.tensor([0])),
         mk.InputError,
