@@ -1,7 +1,7 @@
 """Tuned launch parameters beside the defaults and the best of a random search: ``python -m benchmarks.tuning``.
 
 Kernels are compiled by many processes while the layouts are tuned by a few, which take turns on the GPU. Every bucket
-is in the table, and in the tuned file of its layout, as soon as it is measured.
+is in the table, and in the tuned file of its layout, as soon as it is measured; another run leaves out those in a file.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from mac_autotune.kernel import CONFIG, HIT_RATES, Bench, make_store, mean_ratio
 from mac_autotune.latency import PLANTED_LAG
 from mac_autotune.rounds import gpu_turn
 from mac_autotune.study import StudyPlan
-from mac_autotune.tune_kernel import KernelTask, compile_jobs, kernel_file_of, line, search
+from mac_autotune.tune_kernel import KernelTask, compile_jobs, kernel_file_of, kernel_key, line, search
 from mac_kernels import HeadLayout, MacConfig
 from mac_kernels.launch import LaunchParams, default_launch
-from mac_kernels.tuned import Bucket, planted_share
+from mac_kernels.tuned import Bucket, KernelFile, load, planted_share
 
 from . import results
 
@@ -153,7 +153,11 @@ def tune_layout(run: Run, layout: str, facts: results.Row, gates: Gates) -> None
     """All buckets of a layout, as long as there is time."""
     gates.turn.wait(run.left_s)
     task = run.task(layout)
-    problems, buckets = task.problems(), list[Bucket]()
+    buckets = _measured_before(task, run.output / "tuned")
+    there = {(bucket.batch, bucket.context) for bucket in buckets}
+    problems = [problem for problem in task.problems() if (problem.batch, problem.context) not in there]
+    if not problems:
+        return
     store = make_store(max(problems, key=lambda problem: problem.cache_bytes), seed=task.plan.seed)
     benches = []
     for problem in problems:  # while kernels are compiled
@@ -191,6 +195,13 @@ def tune_layout(run: Run, layout: str, facts: results.Row, gates: Gates) -> None
             print(refused, flush=True)
         del bench
         torch.cuda.empty_cache()
+
+
+def _measured_before(task: KernelTask, folder: Path) -> list[Bucket]:
+    """The buckets of a layout that an earlier run left."""
+    path = folder / kernel_key(task).file_name
+    file = load(path) if path.is_file() else None
+    return list(file.buckets) if isinstance(file, KernelFile) else []
 
 
 def compared(

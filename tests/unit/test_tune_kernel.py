@@ -113,6 +113,8 @@ def test_a_comparison_keeps_every_bucket_that_it_finished(tmp_path: Path, monkey
     late = tuning.Run(12, 20, (1,), tmp_path / "late", until=0.0)
     tuning.tune_layout(late, "32/8x128", facts, gates)
     assert not (tmp_path / "late").exists()
+    monkeypatch.setattr(tuning, "Bench", None)
+    tuning.tune_layout(run, "32/8x128", facts, gates)  # nothing is left to measure
 
 
 def test_tuning_processes_take_turns_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
