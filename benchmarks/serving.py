@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import statistics
@@ -30,6 +31,7 @@ _START_S = 480.0
 _STOP_S = 20.0
 _CANDIDATES = 5  # tokens that a tie is looked for among
 _PUBLISHED_S = 1.3  # mac_sglang publishes its counters once a second
+_LOGGED = re.compile(r"Decode batch, #running-req: (\d+),.*gen throughput \(token/s\): ([\d.]+)")
 
 
 class ServerDiedError(MacError, RuntimeError):
@@ -230,6 +232,18 @@ def steady_speed(replies: Sequence[Reply], *, skip: int, samples: int) -> list[f
     cuts = [begin, *(arrivals[len(arrivals) * part // samples - 1] for part in range(1, samples + 1))]
     counts = [len(arrivals) * (part + 1) // samples - len(arrivals) * part // samples for part in range(samples)]
     return [count / (b - a) for count, a, b in zip(counts, cuts, cuts[1:], strict=False) if b > a]
+
+
+def logged_speed(log: Path, batch: int, *, begin: int = 0) -> list[float]:
+    """Tokens per second of so many requests as SGLang counts them itself, every 40 steps, in its log from a byte on.
+
+    They do not depend on when tokens reach a client. The first count is left out, as it began before the batch; without
+    a log there are none.
+    """
+    if not log.exists():
+        return []
+    text = log.read_bytes()[begin:].decode("utf-8", "replace")
+    return [float(speed) for size, speed in _LOGGED.findall(text) if int(size) == batch][1:]
 
 
 def agreement(a: Sequence[int], b: Sequence[int]) -> int:

@@ -31,6 +31,7 @@ from .serving import (
     describe,
     groups,
     hit_rate,
+    logged_speed,
     say,
     serve,
     steady_speed,
@@ -213,14 +214,17 @@ async def _measure(
     # last, because they have to stay in the cache; of prompts with a common prefix only one is new
     for tokens in prompts.longs if args.own is None else prompts.longs[:1]:
         await _first_token(server, tokens, measured, "ttft")
-    before = await _counted(server, name)
+    before, log = await _counted(server, name), args.logs / f"sglang-{name}.log"
     for batch in args.batches:
+        begin = log.stat().st_size if log.exists() else 0
         replies = await _together(server, prompts.longs[:batch], args)
         after = await _counted(server, name)
         share, before = hit_rate(after - before), after
         if name in MAC_CONFIGS and not abs(share - MAC_CONFIGS[name][1]) <= _HIT_TOLERANCE:
             raise WrongResultError(f"batch {batch}: hit rate {share:.3f}, forced {MAC_CONFIGS[name][1]:g}")
         measured.samples["throughput", batch, args.long] += steady_speed(replies, skip=_SKIP, samples=_SAMPLES)
+        if logged := logged_speed(log, batch, begin=begin):
+            measured.samples["throughput_logged", batch, args.long] += logged
         measured.samples["ttft_cached", batch, args.long] += [reply.ttft_s for reply in replies]
         measured.tokens[batch], measured.hit_rate[batch] = [reply.output_ids for reply in replies], share
 
@@ -272,7 +276,7 @@ def _rows(
             rows.append({**common, "metric": metric, "unit": unit, "batch": batch, "context": context, **three(values)})
 
         for (metric, batch, context), values in one.samples.items():
-            row(metric, "tokens/s" if metric == "throughput" else "s", batch, context, values)
+            row(metric, "tokens/s" if metric.startswith("throughput") else "s", batch, context, values)
             ratio = _ratio(one, full, (metric, batch, context))
             if ratio is not None:
                 row(f"{metric}_ratio", "x", batch, context, [ratio])
@@ -298,7 +302,7 @@ def _show(name: str, measured: Mapping[str, Measured], baseline: str) -> None:
     for key, values in one.samples.items():
         quantiles, ratio = three(values), _ratio(one, full, key)
         metric, batch, context = key
-        say(f"  {metric:11} batch {batch:2} context {context:6}  p20 {quantiles['p20']:>7} p50 {quantiles['p50']:>7} "
+        say(f"  {metric:17} batch {batch:2} context {context:6}  p20 {quantiles['p20']:>7} p50 {quantiles['p50']:>7} "
             f"p80 {quantiles['p80']:>7} n {quantiles['n']}" + ("" if ratio is None else f"  {ratio:.3f}x"))  # fmt: skip
         if key in one.prefill_s:
             pairs = zip(values, one.prefill_s[key], strict=True)

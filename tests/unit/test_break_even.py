@@ -50,7 +50,7 @@ def test_the_estimate_is_near_what_was_measured() -> None:
     rates = measured_rates()
     assert len(rates) == 12
     for layout, batch, context, rate in rates:
-        assert estimate(layout, batch, context) == pytest.approx(rate, abs=0.06), (layout, batch, context)
+        assert estimate(layout, batch, context) == pytest.approx(rate, abs=0.04), (layout, batch, context)
 
 
 def test_more_to_read_needs_fewer_hits() -> None:
@@ -77,7 +77,7 @@ def test_the_line_names_a_figure_and_its_source(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA Test")
     where = {"dtype": torch.bfloat16, "page_size": 1, "context_len": 131_072}
     line = describe(torch.device("cuda"), G4, **where)
-    assert "about 0.23 at 32768 tokens" in line and "at 131072 tokens" in line and "estimated" in line
+    assert "about 0.16 at 32768 tokens" in line and "at 131072 tokens" in line and "estimated" in line
     latency = {"1": us(20.0), "0": us(20.0 + MISS_US * 4)}
     found = SimpleNamespace(
         path=Path("tuned.json"),

@@ -79,12 +79,13 @@ def _family(config: str) -> str:
     """What a rule shares with those that differ from it in the influence bound alone."""
     if config.startswith("window"):
         return "window"
-    if config in PRESETS and PRESETS[config].influence is not None:
-        return f"tau={PRESETS[config].threshold:g}".replace("=0.", "=.")
+    preset, comma, options = config.partition(",")
+    if preset in PRESETS and PRESETS[preset].influence is not None:
+        return f"tau={PRESETS[preset].threshold:g}".replace("=0.", "=.") + comma + options
     return _BETA.sub("", config)
 
 
 def _point(config: str) -> str:
     """A rule's place within its family."""
     bound = _BETA.search(config)
-    return bound.group(1) if bound else config.rpartition(":")[2]
+    return bound.group(1) if bound else config.rpartition(":")[2].partition(",")[0]

@@ -1,0 +1,140 @@
+"""The soak: a tie is no wrong token, load and memory are watched, and the verdict sees what is wrong."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import Counter
+from collections.abc import AsyncIterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from benchmarks import results, soak
+from benchmarks.serving import Launch
+from mac_sglang.client import Reply
+
+pytest.importorskip("prometheus_client")
+
+
+def reply(tokens: list[int]) -> Reply:
+    return Reply(0.0, tokens, [float(at) for at in range(len(tokens))], "", {"cached_tokens": 0})
+
+
+class Answers:
+    """A server that gives one answer to everything."""
+
+    def __init__(self, tokens: list[int]) -> None:
+        self.tokens, self.asked = tokens, []
+
+    async def generate(self, prompt: list[int], **fields: Any) -> Reply:
+        self.asked.append(fields)
+        return reply(self.tokens)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "asked", "outcome"),
+    [
+        ([5, 6, 7, 8], 4, "equal"),
+        ([5, 6], 2, "equal"),
+        ([5, 6, 9, 9], 4, "equal up to a tie"),
+        ([5, 1, 7, 8], 4, "WRONG"),
+        ([5, 6, 1, 8], 4, "WRONG"),  # two others are tied there
+        ([5, 6, 2, 8], 4, "WRONG"),  # not even among the best
+        ([5, 6], 4, "WRONG"),  # half an answer
+        ([1, 1, 1, 1], 4, "WRONG"),
+    ],
+)
+def test_the_soak_tells_a_tie_from_a_wrong_token(tokens: list[int], asked: int, outcome: str) -> None:
+    behind = [{5: 0.0, 1: 3.0}, {6: 0.0, 1: 2.0}, {7: 0.0, 9: 0.1, 1: 3.0}, {8: 0.0, 1: 4.0}]
+    reference = soak.Reference([1, 2, 3], [5, 6, 7, 8], behind)
+    tally, server = soak.Tally(), Answers(tokens)
+    soak._judge(asyncio.run(soak._exact(server, [1, 2, 3])), reference, asked, tally, 0.5)
+    assert tally.outcomes == Counter({outcome: 1})
+    assert bool(tally.wrong) == (outcome == "WRONG")
+    assert server.asked[0]["sampling"] == {"custom_params": {"mac": "exact"}}
+
+
+class Right:
+    """A server that answers every prompt right, after a while, and to unmarked requests nonsense."""
+
+    async def generate(self, prompt: list[int], *, max_new_tokens: int, **fields: Any) -> Reply:
+        await asyncio.sleep(0.002)
+        tokens = list(range(max_new_tokens)) if fields.get("sampling") else [99] * max_new_tokens
+        return reply(tokens)
+
+
+@pytest.mark.parametrize("preset", ["fast", "exact"])
+def test_the_load_of_a_soak(preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(soak, "_memory", lambda: (100.0, 10.0, True))
+    references = [soak.Reference([1, 2, 3], list(range(200)), [{}] * 200)]
+    tally, args = soak.Tally(), SimpleNamespace(minutes=0.02, clients=4, preset=preset, tie=0.5)
+    asyncio.run(soak._load(Right(), references, tally, args))
+    assert tally.outcomes["equal"] > 10 and tally.outcomes["unmarked"] > 10
+    assert tally.memory[-1][0] >= 60 * args.minutes  # the last look comes after the load
+    # only under `exact` an unmarked answer has to be the first one
+    assert bool(tally.wrong) == (preset == "exact")
+    assert tally.outcomes["aborted"] + tally.outcomes["answered before the abort"] > 5
+
+
+def test_a_soak_reports_the_ties_of_the_baseline_beside_its_own(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    launched: list[Launch] = []
+
+    @contextlib.asynccontextmanager
+    async def serve(launches: list[Launch], logs: Path, prefix: str) -> AsyncIterator[list[Answers]]:
+        launched.extend(launches)
+        yield [Answers([5, 6, 9] if launch.attention_backend == "mac" else [5, 6, 7]) for launch in launches]
+
+    async def first(server: Answers, prompts: list[list[int]]) -> list[soak.Reference]:
+        return [soak.Reference(prompt, [5, 6, 7], [{5: 0.0}, {6: 0.0}, {7: 0.0, 9: 0.1}]) for prompt in prompts]
+
+    async def none(server: Answers) -> Counter[str]:
+        return Counter()
+
+    async def right(*arguments: Any) -> bool:
+        return True
+
+    async def load(server: Answers, references: list[soak.Reference], tally: soak.Tally, args: Any) -> None:
+        minutes.append(args.minutes)
+        tally.memory.append((60.0, 100.0, 10.0))
+        tally.outcomes["aborted"] += 1
+        for reference in references[:4]:
+            soak._judge(await soak._unmarked(server, reference.prompt, 3), reference, 3, tally, args.tie)
+
+    minutes: list[float] = []
+    shape = {"num_attention_heads": 8, "num_key_value_heads": 2, "hidden_size": 512}
+    for name, value in (("serve", serve), ("_first_answers", first), ("groups", none), ("_answers", right),
+                        ("_load", load), ("prepare", lambda *a, **b: (list(range(9000)), shape))):  # fmt: skip
+        monkeypatch.setattr(soak, name, value)
+    monkeypatch.setattr("benchmarks.serving.sglang_version", lambda: "sglang 0.5.23")
+    assert soak.main(["--minutes", "8", "--output", str(tmp_path / "sglang.csv")]) == 0
+    assert [launch.attention_backend for launch in launched] == ["mac", "flashinfer"] and sorted(minutes) == [2, 8]
+    out = capsys.readouterr().out
+    assert "mac, exact: 1.000 of 4 answers equal up to a tie" in out
+    assert "flashinfer: 0.000 of 4 answers equal up to a tie" in out
+    shares = {
+        row["provider"]: row["p50"] for row in results.read(tmp_path / "sglang.csv") if row["metric"] == "tie_share"
+    }
+    assert shares == {"mac": "1", "flashinfer": "0"}
+
+
+@pytest.mark.parametrize(
+    ("change", "bad"),
+    [
+        ({}, None),
+        ({"wrong": ["x"]}, "tokens of exact requests"),
+        ({"outcomes": Counter(aborted=3)}, "tokens of exact requests"),  # nothing was compared
+        ({"outcomes": Counter(equal=9)}, "aborts"),
+        ({"memory": [(0, 100, 1), (30, 500, 1), (60, 500, 1), (100, 900, 1)]}, "GPU memory"),
+    ],
+)
+def test_the_verdict_of_a_soak(change: dict[str, Any], bad: str | None) -> None:
+    memory = [(0.0, 100.0, 1.0), (30.0, 500.0, 1.0), (60.0, 500.0, 1.0), (100.0, 510.0, 1.0)]
+    tally = soak.Tally(**{"outcomes": Counter(equal=9, aborted=3), "tokens": 10, "memory": memory, **change})
+    found = [what for what, good, _ in soak._verdict(tally, alive=True) if not good]
+    assert found == ([] if bad is None else [bad])
+    assert [what for what, good, _ in soak._verdict(tally, alive=False) if not good][-1] == "alive and right at the end"
