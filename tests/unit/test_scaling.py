@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 
 from benchmarks import results
@@ -22,6 +25,21 @@ def test_it_meets_what_one_and_two_gpus_measured() -> None:
     assert len(pairs) >= 10
     for predicted, measured in pairs:
         assert predicted == pytest.approx(measured, rel=0.15)
+
+
+def test_the_docs_show_what_the_model_says() -> None:
+    text = (Path(__file__).parents[2] / "integrations/mac_sglang/tensor_parallel.md").read_text(encoding="utf-8")
+    shown = re.findall(
+        r"^\| (8|70)B, N = (\d), batch (\d+) \|(?:.*measured.*\n\| \|)? model \|(.*)\|$", text, re.MULTILINE
+    )
+    assert len(shown) == 8
+    for size, ranks, batch, cells in shown:
+        shape = {"8": LLAMA_8B, "70": LLAMA_70B}[size]
+        one = step(shape, tp=int(ranks), batch=int(batch), context=122_880, bytes_per_us=H200)
+        speeds = [int(batch) / one.total(config) * 1e6 for config in ("full", "always-hit", "never-hit")]
+        assert [float(cell.split()[0]) for cell in cells.split("|")] == pytest.approx(speeds, rel=0.006)
+        ratios = [float(ratio) for ratio in re.findall(r"\(([\d.]+)x\)", cells)]
+        assert ratios == pytest.approx([speed / speeds[0] for speed in speeds[1:]], abs=0.006)
 
 
 @pytest.mark.parametrize("batch", [1, 8, 32])
