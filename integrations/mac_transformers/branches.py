@@ -25,6 +25,7 @@ class Branches:
 
     def __init__(self, device: torch.device, count: int) -> None:
         streams = min(count, _MOST) if device.type == "cuda" and count > 1 else 0
+        # torch does not type the constructor
         self._streams = [torch.cuda.Stream(device) for _ in range(streams)]  # type: ignore[no-untyped-call]
 
     @contextmanager
