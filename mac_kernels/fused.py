@@ -15,6 +15,7 @@ import triton
 from .attend.triton import rest_kernel
 from .complete.triton import complete_kernel
 from .cuda.front import Front, bind_front, say_unused, unsupported_front
+from .cuda.rest import Rest, bind_rest, fits_registers
 from .errors import UnsupportedError
 from .launch import LaunchParams, block_n, chunk_d, default_launch, fitting, nominees_at_once
 from .match.accept import limit_tables
@@ -65,7 +66,9 @@ class _Bound:
     rings: RingPool
     table: Table
     front: Front | None
-    """Where it serves, in place of the next two."""
+    """Where it serves, in place of scout and decide."""
+    cuda_rest: Rest | None
+    """Where it serves, in place of Triton's; only with the front."""
     scout: _Launch
     decide: _Launch
     rest: _Launch
@@ -94,7 +97,7 @@ class FusedStep:
             shared = getattr(properties, "shared_memory_per_block_optin", shared)  # has no name in torch's types
         default = fitting(default_launch(groups, config, sms, table.page_size), shared)
         self.launch = default if launch is None else launch
-        self.programs, self._groups = self.launch.programs_per_sm * sms, groups
+        self._sms, self.programs, self._groups = sms, self.launch.programs_per_sm * sms, groups
         self._pdl = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
         self._bound: dict[tuple[object, ...], _Bound] = {}
         self._caps, self._influences = limit_tables(config, layout, device)
@@ -117,6 +120,7 @@ class FusedStep:
             "part_key_ptr": empty(most_parts, group, dim),
             "part_lse_ptr": empty(most_parts, group),
             "parts_ptr": empty(groups, 2, dtype=torch.int32),
+            "ahead_ptr": torch.zeros(2, dtype=torch.int32, device=device),
             "decision_int_ptr": self._int,
             "decision_float_ptr": self._float,
             "group_ptr": self._info,
@@ -156,7 +160,10 @@ class FusedStep:
         else:
             bound.scout(q, stride_b, stride_h, k, v, slots, generations, k_scale, v_scale, aligned=aligned)
             bound.decide(q, stride_b, stride_h, slots, generations, aligned=aligned)
-        bound.rest(q, stride_b, stride_h, k, v, k_scale, v_scale, aligned=aligned)
+        if bound.cuda_rest is not None:
+            bound.cuda_rest(q, kv)
+        else:
+            bound.rest(q, stride_b, stride_h, k, v, k_scale, v_scale, aligned=aligned)
         bound.complete(out, out_stride_b, out_stride_h, aligned=aligned)
 
     def _bind(
@@ -189,7 +196,11 @@ class FusedStep:
                 front = bind_front(values, launch, q=q, slots=slots, generations=generations)
             else:
                 say_unused(reason)
+        cuda_rest = None
         if front is not None:
+            if fits_registers(kv.layout, kbar=values["KBAR"]):
+                blocks = self._groups * launch.cluster_size
+                cuda_rest = bind_rest(values, q=q, front_blocks=blocks, num_sms=self._sms)
             values |= {"SPLITS": 1, "BLOCK_SPLITS": 1, "ALWAYS_GROUP": 1, "HITS_ARE_DONE": True}
 
         def bind(kernel: Any, programs: int, warps: int, **own: Any) -> _Launch:
@@ -200,6 +211,7 @@ class FusedStep:
             rings,
             kv.table,
             front,
+            cuda_rest,
             scout=bind(
                 scout_kernel,
                 self._groups * 2 * launch.splits,

@@ -1,9 +1,9 @@
-// Attention of a kv group's heads over tiles of 16 keys, one warp a tile, keys and values straight into registers.
+// Attention of a kv group's heads over tiles of 16 keys, one warp a tile, keys and values from wherever their rows lie.
 //
 // Products are taken transposed, S^T = K Q^T and O^T = V^T P^T, so that 8 heads fill the 8 columns of an mma. The order
 // of the head dims in a product is free: a lane takes 8 neighbours at a time, 16 bytes.
 #pragma once
-#include "layout.cuh"
+#include "types.cuh"
 
 constexpr int HEAD_BLOCKS = (GROUP + 7) / 8;
 constexpr int K_CHUNKS = (HEAD_DIM + 31) / 32;  // of 4 lanes x 8 dims
@@ -16,13 +16,34 @@ struct State {  // of heads 8 b + 2 (lane % 4) + {0, 1}
     float out[HEAD_BLOCKS][V_CHUNKS][4][4];
 };
 
-DEVICE uint4 load_16(const unsigned short* from, bool present) {
+struct Row {
+    const half_bits *k, *v;
+    int swizzle;  // chunk i of the row, of 8 dims, lies at i ^ swizzle
+};
+
+// Keys and values of a kv head at a position.
+DEVICE Row row_at(const Strides& s, const half_bits* k, const half_bits* v, int page, int position) {
+    const int slot = position % PAGE_SIZE;
+    return {k + (i64)page * s.kp + (i64)slot * s.kt, v + (i64)page * s.vp + (i64)slot * s.vt, 0};
+}
+
+DEVICE uint4 load_16(const half_bits* from, bool present) {
     return present ? *(const uint4*)from : make_uint4(0, 0, 0, 0);
 }
 
-// 8 dims of a row, `from` that of the lane's first chunk; only the last chunk of some head dims sticks out.
-template <int CHUNK> DEVICE uint4 load_chunk(const unsigned short* from, int i, int lane_dim) {
-    return load_16(from + CHUNK * i, HEAD_DIM % CHUNK == 0 || CHUNK * i + lane_dim < HEAD_DIM);
+// 8 dims of a row, of which a lane takes every CHUNK-th; only the last ones of some head dims stick out.
+template <int CHUNK> DEVICE uint4 load_chunk(const half_bits* row, int i, int lane_dim, int swizzle) {
+    const int d = CHUNK * i + lane_dim;
+    return load_16(row + ((d / 8) ^ swizzle) * 8, HEAD_DIM % CHUNK == 0 || d < HEAD_DIM);
+}
+
+// The queries of a group, so many threads together.
+DEVICE void load_query(half_bits* to, const half_bits* q, int stride, int thread, int threads) {
+#pragma unroll 1
+    for (int i = thread; i < GROUP * HEAD_DIM / 8; i += threads) {
+        const int head = i / (HEAD_DIM / 8), d = i % (HEAD_DIM / 8) * 8;
+        *(uint4*)(to + head * HEAD_DIM + d) = *(const uint4*)(q + head * stride + d);
+    }
 }
 
 DEVICE void clear(State& state) {
@@ -61,31 +82,31 @@ DEVICE int row_of_value(int lane, int r) { return 2 * (lane % 4) + (r & 1) + 8 *
 // Adds a tile. `at(row)` tells where a row of the tile lies, for rows < count. A head sees the rows from `start` on.
 // With KEYS, `keys` sums up the keys like `state` the values.
 template <bool KEYS, typename At>
-DEVICE void attend_tile(State& state, State& keys, const unsigned short* query, At at, int count,
+DEVICE void attend_tile(State& state, State& keys, const half_bits* query, At at, int count,
                         const int (&start)[HEAD_BLOCKS][2], float scale, float soft_cap, int lane) {
     const int g = lane / 4, t = lane % 4;
     uint4 key[2][K_CHUNKS], value[4][V_CHUNKS];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-        const unsigned short* row = at(min(g + 8 * r, count - 1)).k + 8 * t;
+        const Row row = at(min(g + 8 * r, count - 1));
 #pragma unroll
-        for (int j = 0; j < K_CHUNKS; ++j) key[r][j] = load_chunk<32>(row, j, 8 * t);
+        for (int j = 0; j < K_CHUNKS; ++j) key[r][j] = load_chunk<32>(row.k, j, 8 * t, row.swizzle);
     }
 #pragma unroll
     for (int r = 0; r < 4; ++r) {
-        const unsigned short* row = at(min(row_of_value(lane, r), count - 1)).v + 8 * g;
+        const Row row = at(min(row_of_value(lane, r), count - 1));
 #pragma unroll
-        for (int i = 0; i < V_CHUNKS; ++i) value[r][i] = load_chunk<64>(row, i, 8 * g);
+        for (int i = 0; i < V_CHUNKS; ++i) value[r][i] = load_chunk<64>(row.v, i, 8 * g, row.swizzle);
     }
     u32 weight[HEAD_BLOCKS][2];
 #pragma unroll
     for (int b = 0; b < HEAD_BLOCKS; ++b) {
         float logits[4] = {0.f, 0.f, 0.f, 0.f};
         // columns of heads that there are not are computed, too, and never read
-        const unsigned short* from = query + min(8 * b + g, GROUP - 1) * HEAD_DIM + 8 * t;
+        const half_bits* from = query + min(8 * b + g, GROUP - 1) * HEAD_DIM;
 #pragma unroll
         for (int j = 0; j < K_CHUNKS; ++j) {
-            const uint4 x = key[0][j], y = key[1][j], q = load_chunk<32>(from, j, 8 * t);
+            const uint4 x = key[0][j], y = key[1][j], q = load_chunk<32>(from, j, 8 * t, 0);
             mma(logits, x.x, y.x, x.y, y.y, q.x, q.y);
             mma(logits, x.z, y.z, x.w, y.w, q.z, q.w);
         }
@@ -122,9 +143,9 @@ DEVICE void attend_tile(State& state, State& keys, const unsigned short* query, 
     if constexpr (KEYS) {  // once more, in the layout of the values: by now they are in the nearest cache
 #pragma unroll
         for (int r = 0; r < 4; ++r) {
-            const unsigned short* row = at(min(row_of_value(lane, r), count - 1)).k + 8 * g;
+            const Row row = at(min(row_of_value(lane, r), count - 1));
 #pragma unroll
-            for (int i = 0; i < V_CHUNKS; ++i) value[r][i] = load_chunk<64>(row, i, 8 * g);
+            for (int i = 0; i < V_CHUNKS; ++i) value[r][i] = load_chunk<64>(row.k, i, 8 * g, row.swizzle);
         }
         accumulate(keys.out, value, weight);
     }

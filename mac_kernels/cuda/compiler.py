@@ -159,6 +159,36 @@ class DriverKernel:
             raise CudaError(f"CUDA: {status.name} at a launch")
 
 
+@functools.lru_cache(maxsize=256)
+def make_kernel(
+    source: str, definitions: tuple[tuple[str, int], ...], blocks: int, device: torch.device
+) -> Kernel | CudaError:
+    """Compile and load the kernel of a source, which has its name, or tell why it cannot be.
+
+    ``definitions`` hold ``THREADS`` and ``CLUSTER``, the shape of its launch. The layers of a model share either. A
+    refusal is returned, not raised, because only what is returned is remembered: it would be tried again for every
+    layer of every plan.
+    """
+    if reason := missing():
+        return CudaError(reason)
+    major, minor = torch.cuda.get_device_capability(device)
+    constants = dict(definitions)
+    try:
+        code = compiled(source, definitions, f"sm_{major}{minor}")
+        with torch.cuda.device(device):  # whose context the driver takes
+            return DriverKernel(
+                code,
+                Path(source).stem,
+                blocks=blocks,
+                threads=constants["THREADS"],
+                cluster=constants["CLUSTER"],
+                overlaps=True,
+                device=device,
+            )
+    except CudaError as error:
+        return error.with_traceback(None)  # which would keep the frames
+
+
 def _cache_folder() -> Path:
     from platformdirs import user_cache_path
 

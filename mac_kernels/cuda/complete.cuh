@@ -15,14 +15,6 @@ DEVICE Unit unit_of(int i, int rank, int thread) {
     return {own, head, index % (HEAD_DIM / 4) * 4, own < OWN_HEADS && head < GROUP};
 }
 
-DEVICE void add(float4& sum, float weight, float4 x) {
-    sum.x += weight * x.x, sum.y += weight * x.y, sum.z += weight * x.z, sum.w += weight * x.w;
-}
-
-DEVICE float4 times(float weight, float4 x) {
-    return make_float4(weight * x.x, weight * x.y, weight * x.z, weight * x.w);
-}
-
 template <bool HALF> DEVICE float4 widen(uint2 x) {
     const float2 low = unpack<HALF>(x.x), high = unpack<HALF>(x.y);
     return make_float4(low.x, low.y, high.x, high.y);

@@ -35,11 +35,16 @@ template <typename T> DEVICE T* in_block(T* p, int rank) {
     return there;
 }
 
-// Starts a copy of 4 or 8 bytes from global to shared memory.
+// Starts a copy of 4, 8 or 16 bytes from global to shared memory; copies since the last commit form a group.
 template <typename T> DEVICE void copy_async(T* to, const T* from) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;"
-                 ::"r"(shared_address(to)), "l"(from), "n"(sizeof(T)) : "memory");
+    if (sizeof(T) == 16)
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
+    else
+        asm volatile("cp.async.ca.shared.global [%0], [%1], %2;"
+                     ::"r"(shared_address(to)), "l"(from), "n"(sizeof(T)) : "memory");
 }
+DEVICE void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int GROUPS> DEVICE void copies_wait_but() { asm volatile("cp.async.wait_group %0;" ::"n"(GROUPS) : "memory"); }
 DEVICE void copies_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 // Fetches the 128 bytes around an address into the L2 cache.

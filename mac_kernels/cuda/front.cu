@@ -7,18 +7,6 @@
 
 __device__ char front_shared[sizeof(Shared) / 16];  // tells the host, by its size, what a launch needs
 
-struct Row {
-    const half_bits *k, *v;
-};
-
-// Keys and values of a kv head at a position.
-DEVICE Row row_at(const Args& a, const half_bits* k, const half_bits* v, int page, int position) {
-    const int slot = position % PAGE_SIZE;
-    return {k + (i64)page * a.stride_kp + (i64)slot * a.stride_kt, v + (i64)page * a.stride_vp + (i64)slot * a.stride_vt};
-}
-
-DEVICE float scale_of(const float* pointer, float number) { return SCALES_ON_DEVICE ? *pointer : number; }
-
 // What was sent before arriving is there after the wait.
 DEVICE void arrive() {
     if (CLUSTER > 1) cluster_arrive();
@@ -46,7 +34,7 @@ DEVICE void send_state(State& state, float2* weights, float* parts, int lane, bo
 DEVICE void attend_always(const Args& a, const Step& s, Shared& shared, int stop, int entries,
                           float scale, int warp, int lane) {
     const page_t* pages = a.pages + s.first_page;
-    const half_bits *k = a.k + (i64)s.kv_head * a.stride_kh, *v = a.v + (i64)s.kv_head * a.stride_vh;
+    const half_bits *k = a.k + (i64)s.kv_head * a.strides.kh, *v = a.v + (i64)s.kv_head * a.strides.vh;
     const int start[HEAD_BLOCKS][2] = {};
     const int part = warp * CLUSTER + s.rank;
     State state;
@@ -56,7 +44,7 @@ DEVICE void attend_always(const Args& a, const Step& s, Shared& shared, int stop
         const int page = own < entries ? (int)pages[position / PAGE_SIZE] : 0;
         const auto at = [&](int row) {
             const int entry = first + row, where = entry < SINKS ? entry : entry + stop - SINKS;
-            return row_at(a, k, v, __shfl_sync(ALL_LANES, page, row), where);
+            return row_at(a.strides, k, v, __shfl_sync(ALL_LANES, page, row), where);
         };
         attend_tile<false>(state, state, &shared.q[0][0], at, entries - first, start, scale, a.soft_cap, lane);
     }
@@ -71,7 +59,7 @@ DEVICE void attend_rest(const Args& a, const Step& s, Shared& shared, const Verd
     const int part = warp * CLUSTER + s.rank;
     if (v.low + 16 * part >= v.stop) return;
     State state, keys;
-    const half_bits *k_head = a.k + (i64)s.kv_head * a.stride_kh, *v_head = a.v + (i64)s.kv_head * a.stride_vh;
+    const half_bits *k_head = a.k + (i64)s.kv_head * a.strides.kh, *v_head = a.v + (i64)s.kv_head * a.strides.vh;
     clear(state);
     clear(keys);
     for (int first = v.low + 16 * part; first < v.stop; first += 16 * REST_PARTS) {
@@ -81,7 +69,7 @@ DEVICE void attend_rest(const Args& a, const Step& s, Shared& shared, const Verd
             start[i / 2][i % 2] = __shfl_sync(ALL_LANES, v.start, 8 * (i / 2) + 2 * (lane % 4) + i % 2) - first;
         const auto at = [&](int row) {
             const int position = first + row;
-            return row_at(a, k_head, v_head, (int)shared.pages[position / PAGE_SIZE - first_page], position);
+            return row_at(a.strides, k_head, v_head, (int)shared.pages[position / PAGE_SIZE - first_page], position);
         };
         attend_tile<KBAR>(state, keys, &shared.q[0][0], at, v.stop - first, start, scale, a.soft_cap, lane);
     }
@@ -94,8 +82,8 @@ DEVICE void fetch_rest(const Args& a, const Step& s, int lowest, int stop, int t
     constexpr int LINES = (HEAD_DIM + 63) / 64;
     const int index = s.rank * SIDE + thread, position = stop - 1 - index / (2 * LINES), line = index % LINES * 64;
     if (position < lowest) return;
-    const half_bits *k = a.k + (i64)s.kv_head * a.stride_kh, *v = a.v + (i64)s.kv_head * a.stride_vh;
-    const Row row = row_at(a, k, v, (int)a.pages[s.first_page + position / PAGE_SIZE], position);
+    const half_bits *k = a.k + (i64)s.kv_head * a.strides.kh, *v = a.v + (i64)s.kv_head * a.strides.vh;
+    const Row row = row_at(a.strides, k, v, (int)a.pages[s.first_page + position / PAGE_SIZE], position);
     prefetch((index / LINES % 2 ? row.v : row.k) + line);
 }
 
@@ -204,11 +192,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) front(const
     if (searches) {
         codes = search(a, s, shared, terms, owned, warp, lane);
     } else {
-#pragma unroll 1
-        for (int i = thread - SIDE; i < GROUP * HEAD_DIM / 8; i += SIDE) {
-            const int head = i / (HEAD_DIM / 8), d = i % (HEAD_DIM / 8) * 8;
-            *(uint4*)&shared.q[head][d] = *(const uint4*)(q + head * a.stride_qh + d);
-        }
+        load_query(&shared.q[0][0], q, a.stride_qh, thread - SIDE, SIDE);
         some_sync(2, SIDE);
         if (s.searching && lowest < stop) {
             const int pages = (stop - 1) / PAGE_SIZE - lowest / PAGE_SIZE + 1;
@@ -219,6 +203,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) front(const
         attend_always(a, s, shared, stop, entries, scale, warp - SIDE_WARPS, lane);
         if (FEW_GROUPS && s.searching) fetch_rest(a, s, lowest, stop, thread - SIDE);
         copies_wait();
+        // as many as the other half: racecheck of compute-sanitizer takes a missing one for a hazard
+        some_sync(2, SIDE);
+        some_sync(2, SIDE);
+        if (s.searching && owned) some_sync(2, SIDE);
     }
     s.searching = s.searching && owned;
     s.ring = owned ? s.ring : -1;

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import functools
 import logging
 from typing import Any
 
@@ -96,35 +95,6 @@ def unsupported_device(device: torch.device) -> str | None:
     return None
 
 
-@functools.lru_cache(maxsize=256)
-def make_kernel(
-    definitions: tuple[tuple[str, int], ...], groups: int, device: torch.device
-) -> compiler.Kernel | compiler.CudaError:
-    """Compile and load the front of so many kv groups, or tell why it cannot be; the layers of a model share either.
-
-    A refusal is returned, not raised, because only what is returned is remembered: it would be tried again for every
-    layer of every plan.
-    """
-    if reason := compiler.missing():
-        return compiler.CudaError(reason)
-    major, minor = torch.cuda.get_device_capability(device)
-    constants = dict(definitions)
-    try:
-        code = compiler.compiled("front.cu", definitions, f"sm_{major}{minor}")
-        with torch.cuda.device(device):  # whose context the driver takes
-            return compiler.DriverKernel(
-                code,
-                "front",
-                blocks=groups * constants["CLUSTER"],
-                threads=constants["THREADS"],
-                cluster=constants["CLUSTER"],
-                overlaps=True,
-                device=device,
-            )
-    except compiler.CudaError as error:
-        return error.with_traceback(None)  # which would keep the frames
-
-
 class Front:
     """The front with all arguments but those that change from step to step."""
 
@@ -146,8 +116,8 @@ class Front:
         a.slots, a.generations = slots.data_ptr(), generations.data_ptr()
         a.stride_qb, a.stride_qh, _ = q.stride()
         a.stride_ob, a.stride_oh, _ = out.stride()
-        a.k_scale, a.k_scale_ptr = _scale(kv.k_scale)
-        a.v_scale, a.v_scale_ptr = _scale(kv.v_scale)
+        a.k_scale, a.k_scale_ptr = scale_argument(kv.k_scale)
+        a.v_scale, a.v_scale_ptr = scale_argument(kv.v_scale)
         self._kernel.launch(a)
 
 
@@ -176,7 +146,8 @@ def bind_front(
         "PAGE_64": int(tensors["page_ptr"].dtype == torch.int64),
         "LENGTH_64": int(tensors["length_ptr"].dtype == torch.int64),
     }
-    kernel = make_kernel(tuple(definitions.items()), values["num_groups"], q.device)
+    blocks = values["num_groups"] * launch.cluster_size
+    kernel = compiler.make_kernel("front.cu", tuple(definitions.items()), blocks, q.device)
     if isinstance(kernel, compiler.CudaError):
         say_unused(str(kernel), level=logging.WARNING)
         return None
@@ -206,5 +177,6 @@ def say_unused(reason: str, *, level: int = logging.INFO) -> None:
         _LOG.log(level, "scout and decide run in place of the CUDA front: %s", reason)
 
 
-def _scale(scale: Scale) -> tuple[float, int]:
+def scale_argument(scale: Scale) -> tuple[float, int]:
+    """A scale as a number and as a pointer, one of which counts."""
     return (1.0, scale.data_ptr()) if isinstance(scale, torch.Tensor) else (scale, 0)

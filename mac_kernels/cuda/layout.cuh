@@ -1,34 +1,6 @@
 // Arguments of the front, and what a block keeps in shared memory.
 #pragma once
-#include "device.cuh"
-
-typedef unsigned short half_bits;  // bf16 or fp16
-
-#if SLOT_64
-typedef i64 slot_t;
-#else
-typedef int slot_t;
-#endif
-#if GENERATION_64
-typedef i64 generation_t;
-#else
-typedef int generation_t;
-#endif
-#if BEGIN_64
-typedef i64 begin_t;
-#else
-typedef int begin_t;
-#endif
-#if PAGE_64
-typedef i64 page_t;
-#else
-typedef int page_t;
-#endif
-#if LENGTH_64
-typedef i64 length_t;
-#else
-typedef int length_t;
-#endif
+#include "types.cuh"
 
 struct Args {  // in the order of mac_kernels.cuda.front
     // may change from step to step
@@ -60,14 +32,11 @@ struct Args {  // in the order of mac_kernels.cuda.front
     int* decision_int;
     float* decision_float;
     int* info;
-    int stride_kp, stride_kt, stride_kh, stride_vp, stride_vt, stride_vh;  // between pages, tokens, heads
+    Strides strides;
     float logit_scale, soft_cap;
     int num_slots, max_age, min_context;
 };
 
-DEVICE u32 word(const uint4& x, int i) { return i == 0 ? x.x : i == 1 ? x.y : i == 2 ? x.z : x.w; }
-
-constexpr int WARPS = THREADS / 32;
 constexpr int SIDE = THREADS / 2;  // one half of a block searches the ring, the other attends to band and sinks
 constexpr int SIDE_WARPS = WARPS / 2;
 constexpr int QO_HEADS = NUM_KV_HEADS * GROUP;

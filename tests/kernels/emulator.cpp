@@ -1,11 +1,11 @@
-// Runs a grid of the front, cluster by cluster. Shared memory starts as NaN.
+// Runs a grid of KERNEL (of SOURCE), cluster by cluster. Shared memory starts as NaN.
 #include "emulator.hpp"
-#include "front.cu"
+#include SOURCE
 
 static const Args* arguments;
 
 static void body() {
-    front(*arguments);
+    KERNEL(*arguments);
     fibers[current].done = true;
     resume();
 }

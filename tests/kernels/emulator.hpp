@@ -103,6 +103,8 @@ template <typename T> static T* in_block(T* p, int rank) {
     return (T*)(blocks[rank].memory.data() + ((unsigned char*)p - block().memory.data()));
 }
 template <typename T> static void copy_async(T* to, const T* from) { *to = *from; }
+static void copies_commit() {}
+template <int GROUPS> static void copies_wait_but() {}
 static void copies_wait() {}
 static void prefetch(const void* from) { volatile char read = *(const char*)from; }
 
@@ -133,6 +135,7 @@ static int __ballot_sync(u32, bool x) {
 }
 static bool __any_sync(u32, bool x) { return reduced(x, [](int a, int b) { return a | b; }); }
 template <typename T> static void atomicAdd(T* to, T x) { *to += x; }
+static u32 atomicInc(u32* to, u32 last) { const u32 x = *to; *to = x >= last ? 0 : x + 1; return x; }
 
 static float __int_as_float(int x) { float y; memcpy(&y, &x, 4); return y; }
 static float __uint_as_float(u32 x) { float y; memcpy(&y, &x, 4); return y; }

@@ -13,10 +13,10 @@ import torch
 
 pytest.importorskip("triton")
 
-from emulated_front import EmulatedKernel
+from emulated import EmulatedKernel
 
 from mac_kernels import MacConfig, fused
-from mac_kernels.cuda import front
+from mac_kernels.cuda import compiler, front, rest
 from mac_kernels.launch import default_launch
 from mac_kernels.testing.conformance import PAIRWISE_CASES, Case, DecodeConformance, variant
 
@@ -53,14 +53,18 @@ class _Front(DecodeConformance):
 class _Emulated(_Front):
     dtypes = (torch.float16,)  # the interpreter, which computes the rest, has no bf16 dot product
     steps, rule_steps, chain_steps = 2, 10, 40
+    bytes_ahead: ClassVar[int] = 1  # a tile a warp
 
     @pytest.fixture(autouse=True)
     def _runs_on_the_cpu(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-        monkeypatch.setattr(front, "make_kernel", EmulatedKernel)
+        monkeypatch.setattr(compiler, "make_kernel", EmulatedKernel)
         monkeypatch.setattr(front, "unsupported_device", lambda device: None)
-        before = EmulatedKernel.launches
+        monkeypatch.setattr(rest, "early_blocks", lambda front_blocks, num_sms: num_sms - 1)
+        monkeypatch.setattr(rest, "_BYTES_AHEAD", self.bytes_ahead)
+        before = EmulatedKernel.launches.copy()
         yield
-        assert EmulatedKernel.launches > before
+        launched = EmulatedKernel.launches - before
+        assert launched["front.cu"] == launched["rest.cu"] > 0
 
 
 for _name in dir(DecodeConformance):
@@ -79,6 +83,7 @@ class TestFrontEmulated(_Emulated):
 @emulated
 class TestFrontEmulatedCluster(_Emulated):
     cluster_size, front_warps = 4, 4
+    bytes_ahead = 10**9  # all of a group's
     cases = (Case(head_dim=32, group=3, kv_heads=1, page_size=1, kv_layout="HND", rotary="interleaved"),)
     rules: ClassVar[dict[str, MacConfig]] = {"head": variant(nominees=12)}
     test_bypass = test_limits_by_head = test_slots_out_of_range_are_misses = None
