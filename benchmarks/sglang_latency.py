@@ -212,14 +212,15 @@ async def _measure(
         for tokens in prompts.exact:  # neither rings nor snapshots: what remains beyond the baseline is the rest
             await _first_token(server, tokens, measured, "ttft_exact", sampling=EXACT)
     # last, because they have to stay in the cache; of prompts with a common prefix only one is new
-    for tokens in prompts.longs if args.own is None else prompts.longs[:1]:
-        await _first_token(server, tokens, measured, "ttft")
-    before, log = await _counted(server, name), args.logs / f"sglang-{name}.log"
+    known, log = 0, args.logs / f"sglang-{name}.log"
     for batch in args.batches:
-        begin = log.stat().st_size if log.exists() else 0
+        new = prompts.longs[known : batch if args.own is None else 1]
+        for tokens in new:
+            await _first_token(server, tokens, measured, "ttft")
+        known += len(new)
+        before, begin = await _counted(server, name), log.stat().st_size if log.exists() else 0
         replies = await _together(server, prompts.longs[:batch], args)
-        after = await _counted(server, name)
-        share, before = hit_rate(after - before), after
+        share = hit_rate(await _counted(server, name) - before)
         if name in MAC_CONFIGS and not abs(share - MAC_CONFIGS[name][1]) <= _HIT_TOLERANCE:
             raise WrongResultError(f"batch {batch}: hit rate {share:.3f}, forced {MAC_CONFIGS[name][1]:g}")
         measured.samples["throughput", batch, args.long] += steady_speed(replies, skip=_SKIP, samples=_SAMPLES)

@@ -7,7 +7,8 @@ than ``--tie`` behind the best one of the first answer (batches of other sizes r
 quarter, and at the end the server must still give the first answers.
 
 Beside it a server of the baseline answers as many clients for the first quarter: how often its answers equal its own
-first ones only up to ties says what is to be expected of the other's. ``--server-args`` must leave room for both.
+first ones only up to ties says what is to be expected of the other's. ``--server-args`` must leave room for both;
+``--baseline none`` leaves it out.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ from .sglang import add_server_arguments, command_line
 from .sglang_smollm2 import prepare
 
 _TOKENS = 160
+_NONE = "none"
 _SETTLED = 0.25  # share of the time after which memory has to be flat
 _GROWTH_MIB = 64.0
 _EVERY_S = 5.0
@@ -104,12 +106,11 @@ async def _run(args: argparse.Namespace, output: Path) -> int:
         arguments = ("--skip-tokenizer-init", *args.server_args)
         prompts, tally, own = _prompts(tokens, args.longest), Tally(), Tally()
         config = {"preset": args.preset, "serving": args.serving}
-        launches = [
-            Launch(args.preset, "mac", Path(folder), config, arguments, tp=args.tp),
-            Launch(args.baseline, args.baseline, Path(folder), None, arguments, tp=args.tp),
-        ]
-        async with serve(launches, args.logs, "sglang-soak-") as (server, baseline):
-            beside = asyncio.create_task(_ask_baseline(baseline, prompts, own, args))
+        launches = [Launch(args.preset, "mac", Path(folder), config, arguments, tp=args.tp)]
+        if args.baseline != _NONE:
+            launches.append(Launch(args.baseline, args.baseline, Path(folder), None, arguments, tp=args.tp))
+        async with serve(launches, args.logs, "sglang-soak-") as (server, *others):
+            beside = asyncio.gather(*(_ask_baseline(baseline, prompts, own, args) for baseline in others))
             try:
                 used, alive = await _soak(server, prompts, tally, args)
                 checks = _verdict(tally, alive=alive)
@@ -122,9 +123,10 @@ async def _run(args: argparse.Namespace, output: Path) -> int:
                 await beside
             finally:
                 beside.cancel()
-    for name, one in ((f"mac, {args.preset}", tally), (args.baseline, own)):
+    for name, one in ((f"mac, {args.preset}", tally), *((launch.name, own) for launch in launches[1:])):
         say(f"     {name}: {one.tie_share:.3f} of {one.checked} answers equal up to a tie, {len(one.wrong)} wrong")
-    results.upsert(output, _rows(_answered(own), (args.baseline, "full"), args, shape))
+    if others:
+        results.upsert(output, _rows(_answered(own), (args.baseline, "full"), args, shape))
     return 0 if all(good for _, good, _ in checks) else 1
 
 
@@ -318,6 +320,7 @@ def _measured(tally: Tally, used: float) -> Figures:
     return {
         **_answered(tally),
         "hit_rate": ("1", used),
+        "gpu_memory": ("MiB", settled[-1][1]),
         "gpu_memory_growth": ("MiB", settled[-1][1] - settled[0][1]),
         "host_memory_growth": ("MiB", settled[-1][2] - settled[0][2]),
     }

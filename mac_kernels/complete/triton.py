@@ -17,8 +17,6 @@ def complete_kernel(
     decision_int_ptr,
     decision_float_ptr,
     group_ptr,
-    ahead_ptr,
-    num_groups,
     parts_ptr,
     part_out_ptr,
     part_key_ptr,
@@ -60,7 +58,6 @@ def complete_kernel(
     KBAR: tl.constexpr,
     BYPASS: tl.constexpr,
     HITS_ARE_DONE: tl.constexpr,
-    BLOCK_GROUPS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Merge the parts of one query head, then write its output and its share of the ring row.
@@ -70,10 +67,6 @@ def complete_kernel(
     own wait, so it may overlap with it. With ``PARTS_ARE_OLDER`` that holds for the numbers of the parts, too.
     """
     pid = tl.program_id(0)
-    if HITS_ARE_DONE and pid == 0:  # whether the rest of the next step need not wait for its decisions
-        groups = tl.arange(0, BLOCK_GROUPS)
-        reused = tl.load(group_ptr + groups * 8 + 4, mask=groups < num_groups, other=0)
-        tl.store(ahead_ptr, (tl.max(reused, 0) == 0).to(tl.int32))
     chunk = pid % (BLOCK_D // CHUNK_D)
     group = pid // (BLOCK_D // CHUNK_D) // GROUP
     head = pid // (BLOCK_D // CHUNK_D) % GROUP

@@ -165,6 +165,8 @@ def test_what_a_server_of_mac_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     assert len(measured.samples["throughput", 3, 400]) == 8
     assert [len(tokens) for tokens in measured.tokens.values()] == [1, 3]
+    # batch 1 is measured as soon as its prompt is read, so that a run that is cut has it
+    assert [tokens for length, tokens, _ in server.asked if length == 400] == [24, 1, 60, 1, 1, 60, 60, 60]
 
 
 def test_requests_of_a_batch_may_share_a_prefix(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -79,8 +79,9 @@ def test_the_load_of_a_soak(preset: str, monkeypatch: pytest.MonkeyPatch) -> Non
     assert tally.outcomes["aborted"] + tally.outcomes["answered before the abort"] > 5
 
 
+@pytest.mark.parametrize("others", [["flashinfer"], []])
 def test_a_soak_reports_the_ties_of_the_baseline_beside_its_own(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    others: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     launched: list[Launch] = []
 
@@ -111,15 +112,18 @@ def test_a_soak_reports_the_ties_of_the_baseline_beside_its_own(
                         ("_load", load), ("prepare", lambda *a, **b: (list(range(9000)), shape))):  # fmt: skip
         monkeypatch.setattr(soak, name, value)
     monkeypatch.setattr("benchmarks.serving.sglang_version", lambda: "sglang 0.5.23")
-    assert soak.main(["--minutes", "8", "--output", str(tmp_path / "sglang.csv")]) == 0
-    assert [launch.attention_backend for launch in launched] == ["mac", "flashinfer"] and sorted(minutes) == [2, 8]
+    baseline = others or ["none"]
+    assert soak.main(["--minutes", "8", "--baseline", *baseline, "--output", str(tmp_path / "sglang.csv")]) == 0
+    assert [launch.attention_backend for launch in launched] == ["mac", *others]
+    assert sorted(minutes) == [*(2 for _ in others), 8]
     out = capsys.readouterr().out
     assert "mac, exact: 1.000 of 4 answers equal up to a tie" in out
-    assert "flashinfer: 0.000 of 4 answers equal up to a tie" in out
-    shares = {
-        row["provider"]: row["p50"] for row in results.read(tmp_path / "sglang.csv") if row["metric"] == "tie_share"
-    }
-    assert shares == {"mac": "1", "flashinfer": "0"}
+    assert ("flashinfer: 0.000 of 4 answers equal up to a tie" in out) == bool(others)
+    rows = results.read(tmp_path / "sglang.csv")
+    shares = {row["provider"]: row["p50"] for row in rows if row["metric"] == "tie_share"}
+    assert shares == {"mac": "1", **dict.fromkeys(others, "0")}
+    figures = {row["metric"]: row["p50"] for row in rows if row["provider"] == "mac"}
+    assert (figures["duration"], figures["gpu_memory"], figures["gpu_memory_growth"]) == ("60", "100", "0")
 
 
 @pytest.mark.parametrize(
