@@ -25,7 +25,6 @@ from typing import Any
 import torch
 
 from mac_autotune.compile import Job, compile_pool, submit
-from mac_autotune.errors import ExportRefused
 from mac_autotune.export import Rated, bucket_of, pick, rate, write
 from mac_autotune.kernel import CONFIG, HIT_RATES, Bench, make_store, mean_ratio, unusable
 from mac_autotune.latency import PLANTED_LAG
@@ -54,7 +53,7 @@ _FINALISTS = 10
 _HOPE = 0.95  # of the fastest time so far: no point is expected to be faster at the hit rates that it still lacks
 _NOISE = 1.05  # of the best so far: what is slower by more is no finalist
 _LAUNCH_S = 0.05  # what a trial or a drawn point takes, beside others
-_TRITON = -1000  # the defaults without the CUDA front: neither a trial's number nor that of a drawn point
+_TRITON = -1000  # the defaults without CUDA kernels: neither a trial's number nor that of a drawn point
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +104,8 @@ class Gates:
 
 
 def random_search(bench: Bench, points: int, seed: int) -> dict[int, LaunchParams]:
-    """The best three of so many launch parameters drawn at random, by negative number."""
+    """The best three of so many launch parameters drawn at random, or of all if there are fewer, by negative number."""
+    points = min(points, bench.space.size)
     draw, drawn, best = random.Random(seed), dict[LaunchParams, float](), float("inf")
     fastest = {hit: bench.time({"point": bench.default}, hit, repeats=3)["point"].p50_us for hit in HIT_RATES}
     while len(drawn) < points:
@@ -171,28 +171,26 @@ def tune_layout(run: Run, layout: str, facts: results.Row, gates: Gates) -> None
             print(f"{problem}: no time left", flush=True)
             return
         begin = time.perf_counter()
-        tuned = search(task, bench)
+        tuned, points = search(task, bench), min(run.points, bench.space.size)
         searched = time.perf_counter()
-        drawn = random_search(bench, run.points, seed=problem.batch)
+        drawn = random_search(bench, points, seed=problem.batch)
         drew = time.perf_counter()
         default, by_case = compared(bench, tuned, drawn)
         shipped = by_case["tuned"] if by_case["tuned"].better else default
         bucket = bucket_of(problem.batch, problem.context, default, [by_case["tuned"]])
         buckets.append(bucket)
         best = by_case.pop("random")
-        cases = {"default": default, **by_case, "tuned": shipped, f"random {run.points}": best}
+        cases = {"default": default, **by_case, "tuned": shipped, f"random {points}": best}
         rows = [row for name, one in cases.items() for row in _rows(bench, name, one)]
         with gpu_turn():  # the others write to the same table
             results.upsert(run.output / "tuning.csv", [{**row, **facts} for row in rows])
         took = f"{searched - begin:.1f} + {drew - searched:.1f} + {time.perf_counter() - drew:.1f} s"
         against = shipped.ratio.value / best.ratio.value
         print(f"{line(problem, default, [shipped] if shipped is not default else [])}; {took}", flush=True)
-        triton = by_case["triton front"].ratio.value
-        print(f"  to random {against:.3f}, Triton {triton:.3f}, {shipped.launch}, drawn {best.launch}", flush=True)
-        try:
-            write(kernel_file_of(task, buckets), run.output / "tuned")
-        except ExportRefused as refused:
-            print(refused, flush=True)
+        triton = by_case["triton"].ratio.value
+        fields = [{name: getattr(one.launch, name) for name in bench.space.params()} for one in (shipped, best)]
+        print("  to random {:.3f}, Triton {:.3f}, {}, drawn {}".format(against, triton, *fields), flush=True)
+        write(kernel_file_of(task, buckets), run.output / "tuned")
         del bench
         torch.cuda.empty_cache()
 
@@ -207,19 +205,25 @@ def _measured_before(task: KernelTask, folder: Path) -> list[Bucket]:
 def compared(
     bench: Bench, tuned: Mapping[int, LaunchParams], drawn: Mapping[int, LaunchParams]
 ) -> tuple[Rated, dict[str, Rated]]:
-    """The default, and beside it the best of both searches, chosen in a measurement before, and the Triton front."""
-    tuned = tuned or {0: bench.default}  # where no trial kept the constraints
-    _, chosen = rate(bench.time, bench.default, {**tuned, **drawn}, HIT_RATES, rounds=5, repeats=5)
-    random_first = [one for one in chosen if one.trial < 0]
+    """The default, and beside it the best of both searches, chosen in a measurement before, and Triton's kernels.
+
+    What both have found is measured once; the default may be the best of either.
+    """
+    numbers = {launch: number for number, launch in (*drawn.items(), *tuned.items())}
+    candidates = {number: launch for launch, number in numbers.items() if launch != bench.default}
+    default, chosen = rate(bench.time, bench.default, candidates, HIT_RATES, rounds=5, repeats=5)
+    ranked = sorted((default, *chosen), key=lambda one: one.ratio.value)
+    random_first = [one for one in ranked if one.launch in drawn.values()]
     best = {
-        "tuned": pick([one for one in chosen if one.trial >= 0])[0],
-        "random": next((one for one in random_first if one.keeps), random_first[0]),
+        "tuned": next(iter(pick([one for one in chosen if one.launch in tuned.values()])), default).launch,
+        "random": next((one for one in random_first if one.keeps), random_first[0]).launch,
+        "triton": dataclasses.replace(bench.default, cluster_size=0),
     }
-    triton = dataclasses.replace(bench.default, cluster_size=0)
-    final = {one.trial: one.launch for one in best.values()} | {_TRITON: triton}
+    numbers[best["triton"]] = _TRITON
+    final = {numbers[launch]: launch for launch in best.values() if launch != bench.default}
     default, rated = rate(bench.time, bench.default, final, HIT_RATES, repeats=6)
-    by_trial = {one.trial: one for one in rated}
-    return default, {name: by_trial[one.trial] for name, one in best.items()} | {"triton front": by_trial[_TRITON]}
+    by_launch = {one.launch: one for one in (default, *rated)}
+    return default, {name: by_launch[launch] for name, launch in best.items()}
 
 
 def time_policies(run: Run, facts: results.Row, gates: Gates) -> None:

@@ -13,7 +13,7 @@ from . import results
 
 HIT_RATES = (1.0, 0.9, 0.5, 0.0)
 HEAD = (
-    "| heads x dims | tuned buckets | hit 1 | .9 | .5 | 0 | all | worst hit rate | to the best of 200 |\n"
+    "| heads x dims | tuned buckets | hit 1 | .9 | .5 | 0 | all | worst hit rate | to the best drawn |\n"
     "|---|---:|---:|---:|---:|---:|---:|---:|---:|"
 )
 _LAYOUT = ("hq", "hkv", "head_dim")

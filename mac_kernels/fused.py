@@ -14,8 +14,8 @@ import triton
 
 from .attend.triton import rest_kernel
 from .complete.triton import complete_kernel
-from .cuda.front import Front, bind_front, say_unused, unsupported_front
-from .cuda.rest import Rest, bind_rest, fits_registers
+from .cuda.front import unsupported_front
+from .cuda.kernels import CudaKernels, bind_kernels, say_unused
 from .errors import UnsupportedError
 from .launch import LaunchParams, block_n, chunk_d, default_launch, fitting, nominees_at_once
 from .match.accept import limit_tables
@@ -65,10 +65,8 @@ class _Bound:
 
     rings: RingPool
     table: Table
-    front: Front | None
-    """Where it serves, in place of scout and decide."""
-    cuda_rest: Rest | None
-    """Where it serves, in place of Triton's; only with the front."""
+    cuda: CudaKernels | None
+    """Where they serve, in place of the others."""
     scout: _Launch
     decide: _Launch
     rest: _Launch
@@ -155,16 +153,19 @@ class FusedStep:
         if bound is None or bound.rings is not rings or bound.table is not kv.table:
             bound = self._bound[form] = self._bind(q, kv, rings, layer, slots, generations, out)
         aligned = address % 16 == 0
-        if bound.front is not None:
-            bound.front(q, kv, out, slots=slots, generations=generations)
+        if (cuda := bound.cuda) is not None:
+            cuda.front(q, kv, out, slots=slots, generations=generations)
         else:
             bound.scout(q, stride_b, stride_h, k, v, slots, generations, k_scale, v_scale, aligned=aligned)
             bound.decide(q, stride_b, stride_h, slots, generations, aligned=aligned)
-        if bound.cuda_rest is not None:
-            bound.cuda_rest(q, kv)
+        if cuda is not None and cuda.rest is not None:
+            cuda.rest(q, kv)
         else:
             bound.rest(q, stride_b, stride_h, k, v, k_scale, v_scale, aligned=aligned)
-        bound.complete(out, out_stride_b, out_stride_h, aligned=aligned)
+        if cuda is not None:
+            cuda.complete(out)
+        else:
+            bound.complete(out, out_stride_b, out_stride_h, aligned=aligned)
 
     def _bind(
         self,
@@ -189,19 +190,13 @@ class FusedStep:
             **self._rule(layer),
             "PDL": self._pdl,
         }
-        front = None
+        cuda = None
         if launch.cluster_size > 0:
             reason = unsupported_front(q, kv, rings, config, out)
             if reason is None:
-                front = bind_front(values, launch, q=q, slots=slots, generations=generations)
+                cuda = bind_kernels(values, launch, q=q, slots=slots, generations=generations, num_sms=self._sms)
             else:
                 say_unused(reason)
-        cuda_rest = None
-        if front is not None:
-            if fits_registers(kv.layout, kbar=values["KBAR"]):
-                blocks = self._groups * launch.cluster_size
-                cuda_rest = bind_rest(values, q=q, front_blocks=blocks, num_sms=self._sms)
-            values |= {"SPLITS": 1, "BLOCK_SPLITS": 1, "ALWAYS_GROUP": 1, "HITS_ARE_DONE": True}
 
         def bind(kernel: Any, programs: int, warps: int, **own: Any) -> _Launch:
             options = {"num_warps": warps, **({"launch_pdl": True} if self._pdl else {})}
@@ -210,8 +205,7 @@ class FusedStep:
         return _Bound(
             rings,
             kv.table,
-            front,
-            cuda_rest,
+            cuda,
             scout=bind(
                 scout_kernel,
                 self._groups * 2 * launch.splits,
@@ -252,7 +246,6 @@ class FusedStep:
             "min_context": config.min_context,
             "break_even": config.break_even or 0.0,
             "SCAN_IS_OLDER": False,
-            "HITS_ARE_DONE": False,
             "num_groups": self._groups,
             "num_programs": self.programs,
             "BAND": config.band,

@@ -17,14 +17,15 @@ _LONG_PAGES = 16  # tokens; measured beside 1 and 4, whose tiles wait for more l
 class LaunchParams:
     """Launch parameters of the kernels; the defaults are safe on every GPU that the backend supports.
 
-    Scout: ``splits`` programs per kv group scan the ring, ``block_rows`` rows at a time, and as many attend to band and
-    sinks. Decide: one program per kv group. Rest: ``programs_per_sm``. Both attend to ``..._tile_bytes`` of keys and
-    values at once. Complete: ``complete_splits`` programs (a power of two) share a head's dims, ``block_parts`` parts
-    merged at once. Warps and stages as in Triton.
+    Triton's scout: ``splits`` programs per kv group scan the ring, ``block_rows`` rows at a time, and as many attend to
+    band and sinks. Decide: one program per kv group. Rest: ``programs_per_sm``. Both attend to ``..._tile_bytes`` of
+    keys and values at once. Complete: ``complete_splits`` programs (a power of two) share a head's dims,
+    ``block_parts`` parts merged at once. Warps and stages as in Triton.
 
-    Where the CUDA front can serve, it replaces scout and decide: ``cluster_size`` blocks (1, 2, 4 or 8) of
-    ``front_warps`` warps (4 or 8) per kv group. With 0, also where a call or a file leaves it out, it is never used;
-    :func:`default_launch` asks for it.
+    Where the CUDA kernels can serve, those of Triton and their fields have no effect, but for the rest of heads too
+    wide for the CUDA one. The front has ``cluster_size`` blocks (1, 2, 4 or 8) of ``front_warps`` warps (4 or 8) per kv
+    group; rest and complete go by the shape alone. With a ``cluster_size`` of 0, also where a call or a file leaves it
+    out, no CUDA kernel is used; :func:`default_launch` asks for them.
     """
 
     splits: int = 1

@@ -150,18 +150,7 @@ def bucket_of(batch: int, context: int, default: Rated, candidates: Sequence[Rat
 def kernel_file(
     key: KernelKey, buckets: Sequence[Bucket], *, window: int, band: int, provenance: Provenance
 ) -> KernelFile:
-    """Put buckets together.
-
-    Raises
-    ------
-    ExportRefused
-        If the default won in every bucket.
-    """
-    if all(bucket.launch is None for bucket in buckets):
-        raise ExportRefused(
-            f"nothing is faster than the default launch parameters beyond the noise on {key.gpu} in "
-            f"{len(buckets)} buckets; nothing was written. More --trials may find something"
-        )
+    """Put buckets together."""
     return KernelFile(
         key=key,
         coverage=covered([b.batch for b in buckets], [b.context for b in buckets]),
@@ -170,6 +159,22 @@ def kernel_file(
         buckets=tuple(sorted(buckets, key=lambda b: (b.batch, b.context))),
         provenance=provenance,
     )
+
+
+def with_gain(file: KernelFile) -> KernelFile:
+    """The file itself.
+
+    Raises
+    ------
+    ExportRefused
+        If the default won in every bucket.
+    """
+    if all(bucket.launch is None for bucket in file.buckets):
+        raise ExportRefused(
+            f"nothing is faster than the default launch parameters beyond the noise on {file.key.gpu} in "
+            f"{len(file.buckets)} buckets; nothing was written. More --trials may find something"
+        )
+    return file
 
 
 def policy_file(

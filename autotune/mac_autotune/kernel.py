@@ -14,6 +14,7 @@ import torch
 from mac_kernels import BatchMacDecodeWithPagedKVCacheWrapper, HeadLayout, MacConfig, MissingError, PagedKV, Rope
 from mac_kernels.cuda import compiler
 from mac_kernels.cuda.front import unsupported_front
+from mac_kernels.cuda.rest import serves_rest
 from mac_kernels.launch import LaunchParams, default_launch
 from mac_kernels.testing.scenario import PagedStore, Scenario, plant_step, random_store
 from mac_kernels.testing.timing import Timing
@@ -22,7 +23,7 @@ from mac_kernels.tuned import planted_share
 from .latency import PLANTED_LAG
 from .objective import Measured, Report
 from .rounds import Round, Rounds, gpu_turn
-from .space import LaunchSpace, Suggest
+from .space import TRITON, LaunchSpace, Suggest
 
 HIT_RATES = (1.0, 0.9, 0.5, 0.0)
 """Cheapest first, so that a bad trial is pruned before it has read whole caches."""
@@ -106,7 +107,7 @@ class Bench:
         self.default = default_launch(
             problem.batch * problem.layout.num_kv_heads, config, num_sms(device), problem.page_size
         )
-        self.space = LaunchSpace(self.default, serves_front(next(iter(self._scenarios.values()))))
+        self.space = LaunchSpace(self.default, tuned_kernels(next(iter(self._scenarios.values()))))
         self._rounds, self._made = Rounds(device), dict[tuple[LaunchParams, float], Round]()
         self._steps: dict[LaunchParams, BatchMacDecodeWithPagedKVCacheWrapper] = {}
         self._right: dict[float, torch.Tensor] = {}
@@ -218,9 +219,9 @@ class KernelObjective:
         self._bench, self._repeats = bench, repeats
         self._space = bench.space
 
-    def params(self) -> dict[str, Any]:
-        """Trial 0: what serving uses without a file."""
-        return self._space.params()
+    def first(self) -> list[dict[str, Any]]:
+        """Trial 0: what serving uses without a file; then all of a small space."""
+        return self._space.first()
 
     def suggest(self, trial: Suggest) -> LaunchParams:
         """Let a trial choose."""
@@ -269,11 +270,14 @@ def num_sms(device: str) -> int:
     return torch.cuda.get_device_properties(0).multi_processor_count if device == "cuda" else 2
 
 
-def serves_front(scenario: Scenario) -> bool:
-    """Whether the CUDA front can serve in place of scout and decide."""
+def tuned_kernels(scenario: Scenario) -> tuple[str, ...]:
+    """The kernels that serve a step and have launch parameters: Triton's, or the front and what it leaves to them."""
     kv: PagedKV = scenario.kv
     against = unsupported_front(scenario.q, kv, scenario.rings, scenario.config, scenario.q)
-    return against is None and compiler.missing() is None
+    if against is not None or compiler.missing() is not None:
+        return TRITON
+    shape = {"HEAD_DIM": kv.layout.head_dim, "GROUP": kv.layout.group_size, "KBAR": scenario.rings.correction}
+    return ("front",) if serves_rest(shape) else ("front", "rest")
 
 
 def mean_ratio(ratios: Any) -> float:

@@ -38,8 +38,8 @@ class Objective(Protocol):
         """Whether measuring the same point again gives another value; if not, it is not measured again."""
         ...
 
-    def params(self) -> dict[str, Any]:
-        """The default's parameters: trial 0."""
+    def first(self) -> list[dict[str, Any]]:
+        """What to try before anything is drawn: the default's parameters, which are trial 0, and what else must be."""
         ...
 
     def suggest(self, trial: Suggest) -> Any:

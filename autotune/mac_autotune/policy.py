@@ -53,9 +53,9 @@ class PolicyObjective:
         self._scale: HeadTable | None = None if scale is None else tuple(map(tuple, scale))
         self._base: tuple[Reads, Replayed] | None = None
 
-    def params(self) -> dict[str, Any]:
+    def first(self) -> list[dict[str, Any]]:
         """Trial 0: the preset."""
-        return self._space.params() | ({} if self._scale is None else {_CALIBRATED: "none"})
+        return [self._space.params() | ({} if self._scale is None else {_CALIBRATED: "none"})]
 
     def suggest(self, trial: Suggest) -> MacConfig:
         """Let a trial choose."""

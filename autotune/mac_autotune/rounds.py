@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -41,6 +42,7 @@ class Rounds:
         self._cold = torch.zeros(max(1, 2 * l2 // (4 * _ROW)), _ROW, device=device)
         self._sums = torch.empty(len(self._cold), device=device)
         self._idle_us: dict[int, float] = {}
+        self._shuffle = random.Random(0).shuffle
         self._flush()  # loads its kernel, which must not happen within a capture
 
     def make(self, call: Call, count: int) -> Round:
@@ -49,14 +51,16 @@ class Rounds:
 
     def time(self, rounds: Mapping[str, Round], *, repeats: int) -> dict[str, Timing]:
         """Microseconds per call, all rounds in turn, without the flush."""
-        sample = event_us if self._cuda else clock_us
+        sample, names = event_us if self._cuda else clock_us, list(rounds)
         samples: dict[str, list[float]] = {name: [] for name in rounds}
         with gpu_turn(self._cuda):
             idle = {one.count: self._idle(one.count, sample) for one in rounds.values()}
             for one in rounds.values():  # the first replay of a graph takes longer, and another process had the GPU
                 one.replay()
             for _ in range(repeats):
-                for name, one in rounds.items():
+                self._shuffle(names)  # a round is faster behind one whose code it shares
+                for name in names:
+                    one = rounds[name]
                     samples[name].append(sample(one.replay) / one.count - idle[one.count])
         return {name: Timing.of(values) for name, values in samples.items()}
 

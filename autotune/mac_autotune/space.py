@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -41,9 +42,11 @@ KERNELS: dict[str, tuple[str, ...]] = {
 }
 """The fields that each kernel is compiled for: what they do not share need not be compiled in every combination."""
 
-_VARIED = {True: ("front", "rest", "complete"), False: ("scout", "decide", "rest", "complete")}
-_SHARED = {True: ("programs_per_sm",), False: ("programs_per_sm", "splits")}
-"""Kernels whose fields are varied with and without the CUDA front, and the fields that are no single kernel's."""
+TRITON = ("scout", "decide", "rest", "complete")
+"""The kernels of a step where no CUDA kernel serves."""
+_PROGRAMS = {"scout": "splits", "rest": "programs_per_sm"}
+"""The fields that say how many programs of a kernel there are."""
+_FEW = 16
 
 _POLICY_CHOICES: dict[str, tuple[Any, ...]] = {
     "window": (128, 256, 512, 1024),
@@ -73,15 +76,28 @@ class Suggest(Protocol):
 class LaunchSpace:
     """Launch parameters of the kernels that serve; ``default`` is trial 0 and keeps what those kernels do not take.
 
-    ``front``: whether the CUDA front can serve in place of scout and decide.
+    ``kernels``: those that serve and have fields: :data:`TRITON`, ``("front",)`` or ``("front", "rest")``.
     """
 
     default: LaunchParams
-    front: bool
+    kernels: tuple[str, ...]
+
+    @property
+    def size(self) -> int:
+        """Points."""
+        return math.prod(len(self._choices(name)) for name in self._names)
 
     def params(self) -> dict[str, Any]:
         """Trial 0."""
         return {name: getattr(self.default, name) for name in self._names}
+
+    def first(self) -> list[dict[str, Any]]:
+        """Trial 0, and behind it all of a space so small that drawing would miss some and draw others again."""
+        if self.size > _FEW:
+            return [self.params()]
+        every = itertools.product(*(self._choices(name) for name in self._names))
+        points = [dict(zip(self._names, values, strict=True)) for values in every]
+        return sorted(points, key=lambda params: params != self.params())
 
     def suggest(self, trial: Suggest) -> LaunchParams:
         """Let a trial choose."""
@@ -93,11 +109,12 @@ class LaunchSpace:
 
     def _choices(self, name: str) -> tuple[int, ...]:
         """Where the front can serve, it does."""
-        return tuple(c for c in LAUNCH_CHOICES[name] if c > 0 or not self.front)
+        return tuple(c for c in LAUNCH_CHOICES[name] if c > 0 or "front" not in self.kernels)
 
     @property
     def _names(self) -> list[str]:
-        return [*_SHARED[self.front], *(name for kernel in _VARIED[self.front] for name in KERNELS[kernel])]
+        programs = [name for kernel, name in _PROGRAMS.items() if kernel in self.kernels]
+        return [*programs, *(name for kernel in self.kernels for name in KERNELS[kernel])]
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,8 +142,8 @@ class PolicySpace:
 
 def variants(space: LaunchSpace) -> list[LaunchParams]:
     """Launch parameters that together hold every variant of every kernel, as few as possible: what to compile ahead."""
-    default, rows = space.default, {kernel: _combinations(KERNELS[kernel]) for kernel in _VARIED[space.front]}
-    if not space.front:
+    default, rows = space.default, {kernel: _combinations(KERNELS[kernel]) for kernel in space.kernels}
+    if "front" not in rows:
         return [
             dataclasses.replace(default, splits=splits, **values)
             for splits in LAUNCH_CHOICES["splits"]
@@ -146,5 +163,5 @@ def _side_by_side(rows: Collection[Sequence[dict[str, int]]]) -> list[dict[str, 
     """One row of every list at a time, shorter lists over and over."""
     return [
         {name: value for one in rows for name, value in one[index % len(one)].items()}
-        for index in range(max(map(len, rows)))
+        for index in range(max(map(len, rows), default=0))
     ]

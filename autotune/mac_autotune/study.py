@@ -140,7 +140,8 @@ def run_study(plan: StudyPlan, objective: Objective, watch: Watch | None = None)
         return _measure(study, trial, objective)
 
     if not study.get_trials(deepcopy=False):
-        study.enqueue_trial(objective.params(), skip_if_exists=True)
+        for params in objective.first():
+            study.enqueue_trial(params, skip_if_exists=True)
     deadline = math.inf if plan.timeout_s is None else time.monotonic() + plan.timeout_s
     try:
         while finished(study) < plan.trials and time.monotonic() < deadline:

@@ -65,13 +65,13 @@ class TcaObjective:
                 f"blocks of {BLOCKS[-1]}; record longer prompts or tune for a shorter context"
             )
 
-    def params(self) -> dict[str, Any]:
+    def first(self) -> list[dict[str, Any]]:
         """Trial 0: the base, with the nearest values of the space."""
         nearest = {
             name: min(known, key=lambda value: abs(value - getattr(self._base, name)))
             for name, known in (("block", BLOCKS), ("local_window", self._windows))
         }
-        return {**nearest, "dropped": min(max(1 - self._base.mass_target, _DROPPED[0]), _DROPPED[1])}
+        return [{**nearest, "dropped": min(max(1 - self._base.mass_target, _DROPPED[0]), _DROPPED[1])}]
 
     def suggest(self, trial: Suggest) -> TcaConfig:
         """Let a trial choose."""

@@ -13,7 +13,7 @@ from mac_kernels.launch import LaunchParams, default_launch
 from mac_kernels.tuned import Bucket, KernelFile, KernelKey
 
 from .compile import Job, compile_ahead
-from .export import Rated, bucket_of, kernel_file, pick, provenance, rate
+from .export import Rated, bucket_of, kernel_file, pick, provenance, rate, with_gain
 from .kernel import CONFIG, HIT_RATES, SHORTEST, Bench, KernelObjective, Problem, make_store, num_sms
 from .progress import StudyPanel
 from .space import variants
@@ -100,7 +100,7 @@ def tune_kernel(task: KernelTask, say: Say, *, export: bool = True) -> KernelFil
             say(line(problem, default, rated))
         del bench
         torch.cuda.empty_cache()
-    return kernel_file_of(task, buckets) if export else None
+    return with_gain(kernel_file_of(task, buckets)) if export else None
 
 
 def compile_jobs(problems: Sequence[Problem], seed: int) -> list[Job]:
@@ -130,13 +130,7 @@ def measured_again(bench: Bench, candidates: Mapping[int, LaunchParams]) -> tupl
 
 
 def kernel_file_of(task: KernelTask, buckets: Sequence[Bucket]) -> KernelFile:
-    """The file of all buckets.
-
-    Raises
-    ------
-    ExportRefused
-        If nothing beats the defaults.
-    """
+    """The file of all buckets."""
     key = kernel_key(task)
     study_name = task.study(task.problems()[0]).name.rpartition("/")[0]
     facts = provenance(gpu=key.gpu, study=study_name, trial=buckets[0].trial, basis="measured", command=task.command)
@@ -156,14 +150,14 @@ def kernel_key(task: KernelTask) -> KernelKey:
 
 
 def estimate_s(task: KernelTask, *, workers: int = 16) -> float:
-    """Rough time of the whole task on a GPU machine: compiling, trials, measuring again."""
+    """Rough time of the whole task where the CUDA kernels serve: compiling, trials, measuring again."""
     compile_s = len({problem.batch for problem in task.problems()}) * _LAUNCHES * _COMPILE_S / workers
-    return compile_s + len(task.problems()) * (task.plan.trials * _TRIAL_S + _EXPORT_S)
+    return _START_S + compile_s + len(task.problems()) * (task.plan.trials * _TRIAL_S + _EXPORT_S)
 
 
-# launch parameters that hold every variant, and seconds for compiling one, for a trial, for a bucket's planting and
-# measuring again: as it took on an H100
-_LAUNCHES, _COMPILE_S, _TRIAL_S, _EXPORT_S = 53, 1.3, 0.05, 2.0
+# launch parameters that hold every variant, and seconds for starting processes that compile, for compiling one, for a
+# trial, for a bucket's planting and measuring again: as it took on an H100
+_LAUNCHES, _START_S, _COMPILE_S, _TRIAL_S, _EXPORT_S = 8, 15.0, 1.5, 0.05, 2.0
 
 
 def line(problem: Problem, default: Rated, rated: Sequence[Rated]) -> str:

@@ -57,14 +57,13 @@ def complete_kernel(
     PARTS_ARE_OLDER: tl.constexpr,
     KBAR: tl.constexpr,
     BYPASS: tl.constexpr,
-    HITS_ARE_DONE: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Merge the parts of one query head, then write its output and its share of the ring row.
 
-    A program takes ``CHUNK_D`` of a head's dims. Grid: ``(B * Hq * BLOCK_D // CHUNK_D,)``. With ``HITS_ARE_DONE``
-    reused groups were completed before. What precedes ``gdc_wait`` was written before the previous launch passed its
-    own wait, so it may overlap with it. With ``PARTS_ARE_OLDER`` that holds for the numbers of the parts, too.
+    A program takes ``CHUNK_D`` of a head's dims. Grid: ``(B * Hq * BLOCK_D // CHUNK_D,)``. What precedes ``gdc_wait``
+    was written before the previous launch passed its own wait, so it may overlap with it. With ``PARTS_ARE_OLDER`` that
+    holds for the numbers of the parts, too.
     """
     pid = tl.program_id(0)
     chunk = pid % (BLOCK_D // CHUNK_D)
@@ -77,13 +76,6 @@ def complete_kernel(
     ring = tl.load(group_ptr + group * 8 + 3)
     reuse = tl.load(group_ptr + group * 8 + 4) != 0
     anchor = tl.load(group_ptr + group * 8 + 5)
-    if HITS_ARE_DONE and reuse:
-        if PDL:
-            gdc_wait()
-            gdc_launch_dependents()
-        if BYPASS and pid == 0:
-            end_of_step(bypass_ptr, break_even)
-        return
     offs_d = chunk * CHUNK_D + tl.arange(0, CHUNK_D)
     mask_d = offs_d < HEAD_DIM
     split = tl.arange(0, BLOCK_SPLITS)

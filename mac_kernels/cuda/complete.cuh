@@ -15,13 +15,6 @@ DEVICE Unit unit_of(int i, int rank, int thread) {
     return {own, head, index % (HEAD_DIM / 4) * 4, own < OWN_HEADS && head < GROUP};
 }
 
-template <bool HALF> DEVICE float4 widen(uint2 x) {
-    const float2 low = unpack<HALF>(x.x), high = unpack<HALF>(x.y);
-    return make_float4(low.x, low.y, high.x, high.y);
-}
-
-template <bool HALF> DEVICE uint2 narrow(float4 x) { return make_uint2(pack<HALF>(x.x, x.y), pack<HALF>(x.z, x.w)); }
-
 // Sinks and band of a unit: weights relative to their maximum times values.
 DEVICE float4 always_of(const Shared& shared, const Unit& u, int parts, float top) {
     float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);

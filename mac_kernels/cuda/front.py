@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import logging
 from typing import Any
 
 import torch
@@ -16,7 +15,6 @@ from ..ring import RingPool
 from . import compiler
 
 Arguments = dict[str, Any]
-_LOG = logging.getLogger("mac_kernels.cuda")
 _HALVES = (torch.bfloat16, torch.float16)
 _MAX_NUMBERS = 2048  # of a group's queries: more of them do not fit into registers and shared memory
 
@@ -55,7 +53,7 @@ class FrontArguments(ctypes.Structure):
 def unsupported_front(
     q: torch.Tensor, kv: PagedKV, rings: RingPool, config: MacConfig, out: torch.Tensor
 ) -> str | None:
-    """Why the first two Triton launches serve these tensors instead, ``None`` if the front can."""
+    """Why Triton's kernels serve these tensors instead, ``None`` if the front can."""
     layout = kv.layout
     caches = (kv.k_cache, kv.v_cache)
     steps = [tensor.stride(dim) for tensor in (*caches, q, out) for dim in range(tensor.dim() - 1)]
@@ -123,8 +121,8 @@ class Front:
 
 def bind_front(
     values: Arguments, launch: LaunchParams, *, q: torch.Tensor, slots: torch.Tensor, generations: torch.Tensor
-) -> Front | None:
-    """The front of a layer; ``None``, with a line in the log, if this GPU cannot run it after all.
+) -> Front | compiler.CudaError:
+    """The front of a layer, or why it cannot be made.
 
     ``values`` are kernel arguments by the names that the Triton kernels give them.
     """
@@ -149,8 +147,7 @@ def bind_front(
     blocks = values["num_groups"] * launch.cluster_size
     kernel = compiler.make_kernel("front.cu", tuple(definitions.items()), blocks, q.device)
     if isinstance(kernel, compiler.CudaError):
-        say_unused(str(kernel), level=logging.WARNING)
-        return None
+        return kernel
     arguments = FrontArguments()
     for name, tensor in tensors.items():
         setattr(arguments, name, tensor.data_ptr())
@@ -165,16 +162,6 @@ def _blocks_per_sm(groups: int, launch: LaunchParams, *, wide: bool, device: tor
         return 1
     needed = -(-groups * launch.cluster_size // torch.cuda.get_device_properties(device).multi_processor_count)
     return max(1, min(needed, (8 if wide else 16) // launch.front_warps))
-
-
-_said: set[str] = set()
-
-
-def say_unused(reason: str, *, level: int = logging.INFO) -> None:
-    """Log, once for every reason, that Triton's scout and decide serve instead."""
-    if reason not in _said:
-        _said.add(reason)
-        _LOG.log(level, "scout and decide run in place of the CUDA front: %s", reason)
 
 
 def scale_argument(scale: Scale) -> tuple[float, int]:

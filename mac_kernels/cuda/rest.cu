@@ -20,7 +20,7 @@ struct Args {  // in the order of mac_kernels.cuda.rest
     const begin_t* begin;
     const page_t* pages;
     const length_t* lengths;
-    const int *decision_int, *info;
+    const int* info;
     u32* ahead;  // whether no group was reused in the step before; how many blocks have come
     int* parts;
     float *part_out, *part_key, *part_lse;
@@ -36,7 +36,7 @@ constexpr int STAGE = 2 * 16 * ROW;
 constexpr int FITTING = SHARED_BYTES / (WARPS * STAGE * (int)sizeof(half_bits)), STAGES = FITTING < 2 ? 2 : FITTING;
 
 struct Sums {
-    float out[GROUP][HEAD_DIM], key[GROUP][HEAD_DIM];
+    float out[GROUP][HEAD_DIM], key[KBAR ? GROUP : 1][HEAD_DIM];
 };
 
 struct __align__(16) Shared {
@@ -67,7 +67,7 @@ DEVICE Range range_of(const Args& a, int group, bool ahead) {
         const int pages = (int)(a.begin[request + 1] - a.begin[request]);
         length = pages > 0 ? (pages - 1) * PAGE_SIZE + length : 0;
     }
-    return {SINKS, min(max(length - BAND, SINKS), length)};
+    return {SINKS, max(length - BAND, SINKS)};
 }
 
 DEVICE int tiles_of(Range range) { return max(range.high - range.low + 15, 0) / 16; }
@@ -199,13 +199,7 @@ DEVICE bool attend_tiles(const Args& a, Shared& shared, int group, int first, in
         if (warp + i * WARPS < tiles) fetch(a, k, v, ring[i], pages_ahead[i], first + 16 * (warp + i * WARPS), high, lane);
         copies_commit();
     }
-    int start[HEAD_BLOCKS][2] = {};  // a group that misses sees all
-    if (!ahead)
-#pragma unroll
-        for (int i = 0; i < 2 * HEAD_BLOCKS; ++i) {
-            const int head = min(8 * (i / 2) + 2 * (lane % 4) + i % 2, GROUP - 1);
-            start[i / 2][i % 2] = a.decision_int[group * (3 * GROUP) + head];
-        }
+    const int start[HEAD_BLOCKS][2] = {};  // all heads of a group that misses see all
     __syncthreads();
     State state, keys;
     clear(state);
@@ -227,10 +221,7 @@ DEVICE bool attend_tiles(const Args& a, Shared& shared, int group, int first, in
         page = page_of(later + WARPS);
         const int low = first + 16 * tile;
         const auto at = [&](int row) { return Row{ring[stage][0][row], ring[stage][1][row], swizzle_of(row)}; };
-        int from[HEAD_BLOCKS][2];
-#pragma unroll
-        for (int i = 0; i < 2 * HEAD_BLOCKS; ++i) from[i / 2][i % 2] = start[i / 2][i % 2] - low;
-        attend_tile<KBAR>(state, keys, &shared.q[0][0], at, high - low, from, scale, a.soft_cap, lane);
+        attend_tile<KBAR>(state, keys, &shared.q[0][0], at, high - low, start, scale, a.soft_cap, lane);
         stage = stage == STAGES - 1 ? 0 : stage + 1;
     }
     if (until >= 0) {
@@ -286,6 +277,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) rest(const __grid_const
     const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
     if (thread == 0) shared.order = atomicInc(a.ahead + 1, a.num_blocks - 1);
     const bool ahead = a.tiles_ahead > 0 && a.ahead[0] > 0;
+    __syncthreads();  // one warp is enough to let follow what writes a.ahead anew
     if (!ahead) let_follow();
     const Run run = find_run(a, shared, ahead, thread, warp, lane);
     bool waits = ahead;  // still

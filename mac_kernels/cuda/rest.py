@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import ctypes
-import logging
 from typing import Any
 
 import torch
 
 from ..paged import PagedKV
-from ..types import HeadLayout
 from . import compiler
-from .front import say_unused, scale_argument
+from .front import scale_argument
 
 Arguments = dict[str, Any]
 _WARPS = 8
-_MAX_SUMS = 192  # numbers that a thread may keep in registers beside addresses and logits
+_MAX_NUMBERS = 192  # that a thread may keep in registers beside addresses and logits
+_MAX_LOADS = 3  # of 64 dims: twice 8 tiles of more do not fit into shared memory
 _SHARED_BYTES = 128 * 1024  # of keys and values under way, a block
 # what the early blocks read: before they wait for the decision, and before the others run, ahead of it or after it
 _BYTES_AHEAD = 36_000_000
@@ -24,8 +23,8 @@ _LEAD_BYTES = 40_000_000
 
 _STEP_POINTERS = ("q", "k", "v", "k_scale_ptr", "v_scale_ptr")
 _LAYER_POINTERS = (
-    "begin_ptr", "page_ptr", "length_ptr", "decision_int_ptr", "group_ptr", "ahead_ptr", "parts_ptr", "part_out_ptr",
-    "part_key_ptr", "part_lse_ptr",
+    "begin_ptr", "page_ptr", "length_ptr", "group_ptr", "ahead_ptr", "parts_ptr", "part_out_ptr", "part_key_ptr",
+    "part_lse_ptr",
 )  # fmt: skip
 _LAYER_STRIDES = ("stride_kp", "stride_kt", "stride_kh", "stride_vp", "stride_vt", "stride_vh")
 _CONSTANTS = (
@@ -50,10 +49,15 @@ class RestArguments(ctypes.Structure):
     )
 
 
-def fits_registers(layout: HeadLayout, *, kbar: bool) -> bool:
-    """Whether a thread can hold a tile's keys and values and its sums of them; otherwise Triton's rest is faster."""
-    loads, head_blocks = -(-layout.head_dim // 64), -(-layout.group_size // 8)
-    return 8 * -(-layout.head_dim // 32) + 16 * loads * (1 + head_blocks * (1 + kbar)) <= _MAX_SUMS
+def serves_rest(values: Arguments) -> bool:
+    """Whether a thread can hold a tile and its sums, and a block a few tiles; otherwise Triton's rest is faster.
+
+    ``values`` are kernel arguments by the names that the Triton kernels give them.
+    """
+    dim, group, kbar = values["HEAD_DIM"], values["GROUP"], values["KBAR"]
+    loads, head_blocks = -(-dim // 64), -(-group // 8)
+    numbers = 8 * -(-dim // 32) + 16 * loads * (1 + head_blocks * (1 + kbar))
+    return bool(numbers <= _MAX_NUMBERS and loads <= _MAX_LOADS)
 
 
 def early_blocks(front_blocks: int, num_sms: int) -> int:
@@ -77,13 +81,12 @@ class Rest:
         self._kernel.launch(a)
 
 
-def bind_rest(values: Arguments, *, q: torch.Tensor, front_blocks: int, num_sms: int) -> Rest | None:
-    """The rest of a layer that the front serves; ``None``, with a line in the log, if it cannot be made after all.
+def bind_rest(values: Arguments, *, q: torch.Tensor, early: int, num_sms: int) -> Rest | compiler.CudaError:
+    """The rest of a layer that the front serves, or why it cannot be made.
 
     ``values`` are kernel arguments by the names that the Triton kernels give them.
     """
     tensors = {name: values[name] for name in _LAYER_POINTERS}
-    early = early_blocks(front_blocks, num_sms)
     definitions = {
         **{name: int(values[name]) for name in _CONSTANTS},
         "CLUSTER": 1,
@@ -96,8 +99,7 @@ def bind_rest(values: Arguments, *, q: torch.Tensor, front_blocks: int, num_sms:
     }
     kernel = compiler.make_kernel("rest.cu", tuple(definitions.items()), num_sms, q.device)
     if isinstance(kernel, compiler.CudaError):
-        say_unused(str(kernel), level=logging.WARNING)
-        return None
+        return kernel
     arguments = RestArguments()
     for name, tensor in tensors.items():
         setattr(arguments, name, tensor.data_ptr())

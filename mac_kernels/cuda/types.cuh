@@ -47,3 +47,10 @@ DEVICE void add(float4& sum, float weight, float4 x) {
 DEVICE float4 times(float weight, float4 x) {
     return make_float4(weight * x.x, weight * x.y, weight * x.z, weight * x.w);
 }
+
+template <bool HALF> DEVICE float4 widen(uint2 x) {
+    const float2 low = unpack<HALF>(x.x), high = unpack<HALF>(x.y);
+    return make_float4(low.x, low.y, high.x, high.y);
+}
+
+template <bool HALF> DEVICE uint2 narrow(float4 x) { return make_uint2(pack<HALF>(x.x, x.y), pack<HALF>(x.z, x.w)); }

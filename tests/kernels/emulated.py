@@ -13,12 +13,13 @@ from typing import ClassVar
 import torch
 
 import mac_kernels.cuda
+from mac_kernels.cuda.complete import CompleteArguments
 from mac_kernels.cuda.front import FrontArguments
 from mac_kernels.cuda.rest import RestArguments
 
 _HERE = Path(__file__).parent
 _SOURCES = Path(mac_kernels.cuda.__file__).parent
-_ARGUMENTS = {"front.cu": FrontArguments, "rest.cu": RestArguments}
+_ARGUMENTS = {"front.cu": FrontArguments, "rest.cu": RestArguments, "complete.cu": CompleteArguments}
 
 
 @functools.cache
@@ -48,4 +49,4 @@ class EmulatedKernel:
 
     def launch(self, arguments: ctypes.Structure) -> None:
         EmulatedKernel.launches[self._source] += 1
-        self._library.run(ctypes.byref(arguments), self._blocks)
+        assert self._library.run(ctypes.byref(arguments), self._blocks) == 0

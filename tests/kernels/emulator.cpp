@@ -12,7 +12,13 @@ static void body() {
 
 extern "C" int size_of_arguments() { return sizeof(Args); }
 
-extern "C" void run(const Args* args, int num_blocks) {
+extern "C" void change(int after, void* to, const void* before, const void* then, size_t size) {
+    (after ? written_after : written_before) = {to, before, then, size};
+}
+
+// Returns how many threads have not ended, or not waited for the launch before.
+extern "C" int run(const Args* args, int num_blocks) {
+    int faults = 0;
     arguments = args;
     static std::vector<std::vector<char>> stacks(THREADS * CLUSTER, std::vector<char>(1 << 16));
     for (first_block = 0; first_block < num_blocks; first_block += CLUSTER) {
@@ -21,6 +27,7 @@ extern "C" void run(const Args* args, int num_blocks) {
         fibers.clear();
         fibers.resize(THREADS * CLUSTER);
         cluster = Barrier();
+        for (const Change& change : {written_before, written_after}) memcpy(change.to, change.before, change.size);
         for (size_t i = 0; i < fibers.size(); ++i) {
             Fiber& f = fibers[i];
             f.block = i / THREADS, f.thread = i % THREADS;
@@ -29,7 +36,9 @@ extern "C" void run(const Args* args, int num_blocks) {
             f.first.uc_stack.ss_size = stacks[i].size();
             makecontext(&f.first, body, 0);
         }
-        current = -1;
+        current = 0;
         if (!_setjmp(finished)) resume();
+        for (const Fiber& f : fibers) faults += !f.done || !f.waited;
     }
+    return faults;
 }

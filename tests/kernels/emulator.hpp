@@ -54,24 +54,42 @@ struct Block {
     Barrier barriers[3];
     std::vector<unsigned char> memory;
 };
+struct Copy {
+    void* to;
+    const void* from;
+    size_t size;
+};
 struct Fiber {
     jmp_buf at;
     ucontext_t first;
     std::vector<char> stack;
+    std::vector<std::vector<Copy>> copies{1};  // groups under way; the last one is open
     int block, thread, cluster_phase = 0;
-    bool started = false, done = false;
+    const int* waits_for = nullptr;  // until this is another number
+    int number;
+    bool started = false, done = false, waited = false;
+    bool may_run() const { return !done && (!waits_for || *waits_for != number); }
 };
+struct Change {  // by another launch; every block starts with what was before
+    void* to;
+    const void *before, *after;
+    size_t size = 0;
+};
+static Change written_before, written_after;  // by what the grid waits for; by what it lets follow
 static std::vector<Block> blocks;
 static std::vector<Fiber> fibers;
 static Barrier cluster;
 static int current, first_block;
 static jmp_buf finished;
 
-static void resume() {  // goes on with the next fiber that has not ended
-    for (size_t i = 0; i < fibers.size(); ++i) {
-        current = (current + 1) % fibers.size();
-        Fiber& f = fibers[current];
-        if (f.done) continue;
+// Goes on with a fiber of the same warp if there is one, so that warps are as far apart as barriers let them.
+static void resume() {
+    const int warp = current / 32 * 32, count = fibers.size();
+    for (int i = 0; i < 32 + count; ++i) {
+        const int next = i < 32 ? warp + (current + i) % 32 : (warp + i) % count;
+        Fiber& f = fibers[next];
+        if (!f.may_run()) continue;
+        current = next;
         threadIdx.x = f.thread, blockIdx.x = first_block + f.block;
         if (f.started) _longjmp(f.at, 1);
         f.started = true;
@@ -79,22 +97,25 @@ static void resume() {  // goes on with the next fiber that has not ended
     }
     _longjmp(finished, 1);
 }
-static void yield() {
-    if (!_setjmp(fibers[current].at)) resume();
+static void wait_for(const int& phase, int old) {
+    Fiber& f = fibers[current];
+    f.waits_for = &phase, f.number = old;
+    if (phase == old && !_setjmp(f.at)) resume();
 }
 static Block& block() { return blocks[fibers[current].block]; }
 static Warp& warp_here() { return block().warps[threadIdx.x / 32]; }
 static void wait_at(Barrier& barrier, int threads) {
     const int phase = barrier.arrive(threads);
-    while (barrier.phase == phase) yield();
+    wait_for(barrier.phase, phase);
 }
 
-static void grid_wait() {}
-static void grid_launch_dependents() {}
-static void cluster_arrive() { fibers[current].cluster_phase = cluster.arrive(THREADS * CLUSTER); }
-static void cluster_wait() {
-    while (cluster.phase == fibers[current].cluster_phase) yield();
+static void grid_wait() {
+    fibers[current].waited = true;
+    memcpy(written_before.to, written_before.after, written_before.size);
 }
+static void grid_launch_dependents() { memcpy(written_after.to, written_after.after, written_after.size); }
+static void cluster_arrive() { fibers[current].cluster_phase = cluster.arrive(THREADS * CLUSTER); }
+static void cluster_wait() { wait_for(cluster.phase, fibers[current].cluster_phase); }
 static void some_sync(int barrier, int threads) { wait_at(block().barriers[barrier], threads); }
 static void __syncthreads() { some_sync(0, THREADS); }
 static void __syncwarp() { wait_at(warp_here().barrier, 32); }
@@ -102,10 +123,23 @@ static void* shared_memory() { return block().memory.data(); }
 template <typename T> static T* in_block(T* p, int rank) {
     return (T*)(blocks[rank].memory.data() + ((unsigned char*)p - block().memory.data()));
 }
-template <typename T> static void copy_async(T* to, const T* from) { *to = *from; }
-static void copies_commit() {}
-template <int GROUPS> static void copies_wait_but() {}
-static void copies_wait() {}
+// Copies of odd threads are done at once, those of others as late as they may be.
+template <typename T> static void copy_async(T* to, const T* from) {
+    if (threadIdx.x % 2) *to = *from;
+    else fibers[current].copies.back().push_back({to, from, sizeof(T)});
+}
+static void copies_commit() { fibers[current].copies.emplace_back(); }
+template <int GROUPS> static void copies_wait_but() {  // the newest first: groups have no order
+    auto& groups = fibers[current].copies;
+    const int done = max((int)groups.size() - GROUPS - 1, 0);
+    for (int i = done; i-- > 0;)
+        for (const Copy& copy : groups[i]) memcpy(copy.to, copy.from, copy.size);
+    groups.erase(groups.begin(), groups.begin() + done);
+}
+static void copies_wait() {
+    copies_commit();
+    copies_wait_but<0>();
+}
 static void prefetch(const void* from) { volatile char read = *(const char*)from; }
 
 template <typename T> static T __shfl_sync(u32, T x, int lane) {

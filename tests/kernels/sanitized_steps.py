@@ -13,7 +13,7 @@ import test_tca_index
 import torch
 
 from mac_kernels import BatchMacDecodeWithPagedKVCacheWrapper, fused
-from mac_kernels.cuda import front
+from mac_kernels.cuda import kernels as kernels_of_cuda
 from mac_kernels.launch import LaunchParams, default_launch
 from mac_kernels.testing.conformance import Case, Session, variant
 
@@ -47,6 +47,14 @@ def _launch(*batch: Any, cluster_size: int) -> LaunchParams:
     return dataclasses.replace(default_launch(*batch), cluster_size=cluster_size)
 
 
+class _Ahead(fused.FusedStep):
+    """Begins its rest ahead of the decision from the first step on, as after a step in which all groups missed."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._workspace["ahead_ptr"][0] = 1
+
+
 def _replaced(reason: str, **_: Any) -> None:
     raise RuntimeError(f"the front does not run: {reason}")
 
@@ -63,7 +71,8 @@ def tca_steps() -> None:
 def decode_steps(device: str, kernels: str) -> None:
     backend = "flashinfer" if kernels == "flashinfer" else "triton"
     if kernels == "front":  # scout and decide in its place would be clean, too
-        front.say_unused = fused.say_unused = _replaced
+        kernels_of_cuda.say_unused = fused.say_unused = _replaced
+    plain = fused.FusedStep
     for (case, options, changes), blocks in zip(STEPS[kernels], itertools.cycle(CLUSTERS[kernels]), strict=False):
         fused.default_launch = functools.partial(_launch, cluster_size=blocks)
         session = Session(
@@ -77,8 +86,9 @@ def decode_steps(device: str, kernels: str) -> None:
             **options,
         )
         session.prefill_random(33, 3, 20, chunks=2)
-        for _ in range(2):
+        for fused.FusedStep in (plain, _Ahead):  # every step is planned anew
             session.step_random(check=False)
+        fused.FusedStep = plain
         if device == "cuda":
             torch.cuda.synchronize()
         session.ledger.verify()

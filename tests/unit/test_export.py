@@ -14,7 +14,7 @@ pytest.importorskip("optuna")
 
 from mac_autotune.confirm import Confirmed
 from mac_autotune.errors import ExportRefused
-from mac_autotune.export import PRESET, bucket_of, covered, kernel_file, policy_file, provenance, rate
+from mac_autotune.export import PRESET, bucket_of, covered, kernel_file, policy_file, provenance, rate, with_gain
 from mac_autotune.latency import Curve, LatencyModel, Reads, curves_in, curves_of, latency_model
 from mac_autotune.limits import LIMITS, violations
 from mac_autotune.quality.metrics import Estimate
@@ -57,7 +57,7 @@ def test_the_faster_launch_wins_its_bucket() -> None:
     assert bucket.ratio.low < bucket.ratio.value < bucket.ratio.high < 1
     assert bucket.latency["1"].value == pytest.approx(90, rel=0.01)
     file = kernel_file(KEY, [bucket], window=512, band=256, provenance=FACTS)
-    assert file.coverage == covered([16], [4096]) and file.coverage.batch == (10, 24)
+    assert with_gain(file) is file and file.coverage == covered([16], [4096]) and file.coverage.batch == (10, 24)
 
 
 def test_a_gain_within_the_noise_and_a_loss_at_one_hit_rate_keep_the_default() -> None:
@@ -66,8 +66,9 @@ def test_a_gain_within_the_noise_and_a_loss_at_one_hit_rate_keep_the_default() -
         assert not found[0].better
         bucket = bucket_of(16, 4096, default, found)
         assert bucket.launch is None and bucket.trial == 0
+        file = kernel_file(KEY, [bucket], window=512, band=256, provenance=FACTS)
         with pytest.raises(ExportRefused, match="nothing is faster than the default"):
-            kernel_file(KEY, [bucket], window=512, band=256, provenance=FACTS)
+            with_gain(file)
 
 
 def estimate(value: float, spread: float = 0.01) -> Estimate:

@@ -7,6 +7,7 @@ import dataclasses
 import logging
 import sys
 import types
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 from mac_kernels import HeadLayout, MacConfig, PagedKV, PageTable, RingPool
-from mac_kernels.cuda import compiler, front
+from mac_kernels.cuda import compiler, front, kernels
 from mac_kernels.launch import LaunchParams
 from mac_kernels.planning import Planned
 from mac_kernels.rope import Rope
@@ -82,10 +83,10 @@ def test_other_dtypes_of_rows_and_cache_are_named() -> None:
 
 
 def test_a_reason_is_said_once(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(front, "_said", set())
+    monkeypatch.setattr(kernels, "_said", set())
     with caplog.at_level(logging.INFO, "mac_kernels.cuda"):
         for reason in ("one", "two", "one"):
-            front.say_unused(reason)
+            kernels.say_unused(reason)
     assert [record.getMessage().rpartition(": ")[2] for record in caplog.records] == ["one", "two"]
 
 
@@ -155,8 +156,18 @@ def test_what_does_not_compile_is_told(nvrtc: FakeNvrtc) -> None:
         compiler.compiled("front.cu", (("BROKEN", 1),), "sm_90")
 
 
-def test_triton_serves_where_the_front_cannot_be_made(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture
+def no_device_is_refused(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(front, "unsupported_device", lambda device: None)
+    monkeypatch.setattr(kernels, "_said", set())
+    cache = compiler.make_kernel
+    cache.cache_clear()
+    yield
+    cache.cache_clear()
+
+
+def test_triton_serves_where_nothing_can_be_compiled(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, no_device_is_refused: None
 ) -> None:
     pytest.importorskip("triton")
     from mac_kernels.fused import FusedStep
@@ -168,18 +179,36 @@ def test_triton_serves_where_the_front_cannot_be_made(
         return "no compiler here"
 
     monkeypatch.setattr(compiler, "missing", missing)
-    monkeypatch.setattr(front, "unsupported_device", lambda device: None)
-    monkeypatch.setattr(front, "_said", set())
-    front.make_kernel.cache_clear()
     q, kv, rings = step()
     ids = torch.zeros(1, dtype=torch.int64)
     with caplog.at_level(logging.WARNING, "mac_kernels.cuda"):
         for _ in range(2):  # plans of two layers each
             fused = FusedStep(planned(kv), launch=LaunchParams(cluster_size=2))
             for _layer in range(2):
-                assert fused._bind(q, kv, rings, 0, ids, ids, torch.empty_like(q)).front is None
-    front.make_kernel.cache_clear()
-    assert len(asked) == 1 and caplog.text.count("no compiler here") == 1
+                assert fused._bind(q, kv, rings, 0, ids, ids, torch.empty_like(q)).cuda is None
+    assert len(asked) == 3 and caplog.text.count("no compiler here") == 1  # once a source
+
+
+@pytest.mark.parametrize("refused", ["front.cu", "rest.cu", "complete.cu"])
+def test_triton_serves_where_one_kernel_cannot_be_made(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, no_device_is_refused: None, refused: str
+) -> None:
+    fused = pytest.importorskip("mac_kernels.fused", reason="needs triton", exc_type=ImportError)
+    q, kv, rings = step()
+    ids = torch.zeros(1, dtype=torch.int64)
+    bind = fused.FusedStep(planned(kv), launch=LaunchParams(cluster_size=2))._bind
+    bad: list[str] = []
+
+    def make(source: str, *_: Any) -> Any:
+        return compiler.CudaError(f"{source} is too large") if source in bad else types.SimpleNamespace()
+
+    monkeypatch.setattr(compiler, "make_kernel", make)
+    assert bind(q, kv, rings, 0, ids, ids, torch.empty_like(q)).cuda.rest is not None
+    bad.append(refused)
+    with caplog.at_level(logging.WARNING, "mac_kernels.cuda"):
+        for _ in range(2):
+            assert bind(q, kv, rings, 0, ids, ids, torch.empty_like(q)).cuda is None
+    assert caplog.text.count(f"{refused} is too large") == 1
 
 
 def test_with_a_cluster_size_of_0_nobody_asks_for_the_front(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,7 +219,7 @@ def test_with_a_cluster_size_of_0_nobody_asks_for_the_front(monkeypatch: pytest.
     ids = torch.zeros(1, dtype=torch.int64)
     for launch in (LaunchParams(cluster_size=0), None):
         bound = fused.FusedStep(planned(kv), launch=launch)._bind(q, kv, rings, 0, ids, ids, torch.empty_like(q))
-        assert bound.front is None
+        assert bound.cuda is None
     assert len(asked) == 1  # the default does
 
 
@@ -206,10 +235,10 @@ def test_a_refusal_is_remembered(nvrtc: FakeNvrtc, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(compiler, "DriverKernel", load)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (12, 0))
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-    front.make_kernel.cache_clear()
+    compiler.make_kernel.cache_clear()
     definitions = (("CLUSTER", 1), ("THREADS", 256), ("BROKEN", int(not compiles)))
-    refusals = [front.make_kernel(definitions, 4, torch.device("cuda", 0)) for _ in range(3)]
-    front.make_kernel.cache_clear()
+    refusals = [compiler.make_kernel("front.cu", definitions, 4, torch.device("cuda", 0)) for _ in range(3)]
+    compiler.make_kernel.cache_clear()
     assert isinstance(refusals[0], compiler.CudaError) and what in str(refusals[0])
     assert refusals[1] is refusals[2] is refusals[0]
     assert len(nvrtc.compiled) == 1 and len(loaded) == int(compiles)

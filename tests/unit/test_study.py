@@ -23,11 +23,13 @@ from hypothesis import strategies as st  # noqa: E402
 from optuna.trial import TrialState  # noqa: E402
 
 from mac_autotune.objective import Measured, Report  # noqa: E402
-from mac_autotune.space import KERNELS, LAUNCH_CHOICES, LaunchSpace, PolicySpace, variants  # noqa: E402
+from mac_autotune.space import KERNELS, LAUNCH_CHOICES, TRITON, LaunchSpace, PolicySpace, variants  # noqa: E402
 from mac_autotune.study import DONE, StudyPlan, _adopt, finished, open_study, ranked, run_study  # noqa: E402
 from mac_kernels import PRESETS, InputError, MacConfig  # noqa: E402
 from mac_kernels.launch import LaunchParams, default_launch  # noqa: E402
 from mac_kernels.tuned import launch_problems  # noqa: E402
+
+SERVING = (TRITON, ("front", "rest"), ("front",))
 
 
 class FakeLatency:
@@ -36,11 +38,11 @@ class FakeLatency:
     metrics = ("latency", "divergence")
 
     def __init__(self, log: Path, *, delay_s: float = 0.0, noisy: bool = False) -> None:
-        self._space = LaunchSpace(LaunchParams(), front=False)
+        self._space = LaunchSpace(LaunchParams(), TRITON)
         self._log, self._delay_s, self.noisy = log, delay_s, noisy
 
-    def params(self) -> dict[str, Any]:
-        return self._space.params()
+    def first(self) -> list[dict[str, Any]]:
+        return self._space.first()
 
     def suggest(self, trial: Any) -> LaunchParams:
         return self._space.suggest(trial)
@@ -89,8 +91,21 @@ def trials_of(journal: Path) -> list[Any]:
 
 def test_trial_0_is_the_default_and_trials_count_in_all(tmp_path: Path) -> None:
     study = run(tmp_path, 5)
-    assert study.trials[0].params == LaunchSpace(LaunchParams(), front=False).params()
+    assert study.trials[0].params == LaunchSpace(LaunchParams(), TRITON).params()
     assert finished(study) == 5 and finished(run(tmp_path, 5)) == 5 and finished(run(tmp_path, 8)) == 8
+
+
+def test_a_small_space_is_tried_whole(tmp_path: Path) -> None:
+    class Small(FakeLatency):
+        def __init__(self) -> None:
+            super().__init__(tmp_path / "log", noisy=True)
+            self._space = LaunchSpace(LaunchParams(cluster_size=2), ("front",))
+
+    plan = StudyPlan(name="fake", storage=str(tmp_path / "small.journal"), trials=3)
+    run_study(plan, Small())
+    trials = run_study(dataclasses.replace(plan, trials=10), Small()).trials  # what was to come is in the study
+    points = [tuple(trial.params.values()) for trial in trials]
+    assert points[0] == (2, 8) and len(set(points[:8])) == 8 and len(points) == 10
 
 
 def test_a_resumed_study_draws_what_an_unbroken_one_would(tmp_path: Path) -> None:
@@ -156,11 +171,11 @@ def test_a_worker_that_died_before_its_first_word_leaves_the_default_to_the_next
     monkeypatch.setattr("mac_autotune.study._SIGNING_TIME", datetime.timedelta(seconds=1))
     plan = StudyPlan(name="fake", storage=str(tmp_path / "fake.journal"))
     study = open_study(plan, FakeLatency.metrics)
-    study.enqueue_trial(LaunchSpace(LaunchParams(), front=False).params())
+    study.enqueue_trial(LaunchSpace(LaunchParams(), TRITON).params())
     study.ask()
     after = run(tmp_path, 3).trials
     assert [trial.state for trial in after[:1]] == [TrialState.FAIL]
-    assert after[1].state in DONE and after[1].params == LaunchSpace(LaunchParams(), front=False).params()
+    assert after[1].state in DONE and after[1].params == LaunchSpace(LaunchParams(), TRITON).params()
 
 
 def test_a_point_that_kills_its_worker_is_tried_twice_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,7 +211,7 @@ def test_two_workers_share_one_study(tmp_path: Path) -> None:
     assert lines(log) == len(complete), "every complete trial was measured once"
     workers = collections.Counter(line.split()[0] for line in log.read_text().splitlines())
     assert len(workers) == 2
-    assert sum(trial.params == LaunchSpace(LaunchParams(), front=False).params() for trial in trials[:2]) >= 1
+    assert sum(trial.params == LaunchSpace(LaunchParams(), TRITON).params() for trial in trials[:2]) >= 1
 
 
 def test_a_point_without_noise_is_measured_once(tmp_path: Path) -> None:
@@ -204,8 +219,8 @@ def test_a_point_without_noise_is_measured_once(tmp_path: Path) -> None:
         def suggest(self, trial: Any) -> LaunchParams:
             return LaunchParams(splits=trial.suggest_categorical("splits", (1, 2)))
 
-        def params(self) -> dict[str, Any]:
-            return {"splits": 1}
+        def first(self) -> list[dict[str, Any]]:
+            return [{"splits": 1}]
 
     plan = StudyPlan(name="fake", storage=str(tmp_path / "n.journal"), trials=8)
     study = run_study(plan, Narrow(tmp_path / "log"))
@@ -248,33 +263,35 @@ def test_every_sampled_point_is_legal(data: Any) -> None:
         def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float:
             return float(data.draw(st.floats(low, high)))
 
-    assert launch_problems(LaunchSpace(LaunchParams(), data.draw(st.booleans())).suggest(Drawing())) == []
+    assert launch_problems(LaunchSpace(LaunchParams(), data.draw(st.sampled_from(SERVING))).suggest(Drawing())) == []
     config = PolicySpace(PRESETS["careful"]).suggest(Drawing())  # raises ConfigError if it is not legal
     assert config.influence is not None and config.correction and config.min_context == 2048
 
 
 def test_the_space_holds_every_field_and_every_default() -> None:
-    spaces = [LaunchSpace(LaunchParams(), front).params() for front in (True, False)]
-    assert set(LAUNCH_CHOICES) == {*spaces[0], *spaces[1]} == {field.name for field in dataclasses.fields(LaunchParams)}
-    for groups, page_size, front in itertools.product((1, 8, 40, 128, 500, 1024), (1, 16), (True, False)):
-        default = LaunchSpace(default_launch(groups, MacConfig(), num_sms=132, page_size=page_size), front).params()
+    triton, beside, front = (LaunchSpace(LaunchParams(), kernels).params() for kernels in SERVING)
+    assert set(LAUNCH_CHOICES) == {*triton, *front} == {field.name for field in dataclasses.fields(LaunchParams)}
+    assert set(front) == {"cluster_size", "front_warps"}, "nothing else has an effect"
+    assert set(beside) == {*front, "programs_per_sm", "rest_tile_bytes", "rest_warps", "rest_stages"}
+    assert LaunchSpace(LaunchParams(), ("front",)).size == 8
+    for groups, page_size, kernels in itertools.product((1, 8, 40, 128, 500, 1024), (1, 16), SERVING):
+        default = LaunchSpace(default_launch(groups, MacConfig(), num_sms=132, page_size=page_size), kernels).params()
         assert {name: value for name, value in default.items() if value not in LAUNCH_CHOICES[name]} == {}
     for preset in ("careful", "balanced", "fast"):
         space = PolicySpace(PRESETS[preset])
         assert space.build(space.params()) == PRESETS[preset]
 
 
-@pytest.mark.parametrize("front", [True, False])
-def test_variants_hold_every_variant_of_every_kernel(front: bool) -> None:
+@pytest.mark.parametrize("kernels", SERVING)
+def test_variants_hold_every_variant_of_every_kernel(kernels: tuple[str, ...]) -> None:
     default = default_launch(8, MacConfig(), num_sms=132, page_size=16)
-    found = variants(LaunchSpace(default, front))
-    varied = set(LaunchSpace(default, front).params())
-    for fields in KERNELS.values():
-        if set(fields) <= varied:
-            seen = {tuple(getattr(launch, name) for name in ("splits", *fields)) for launch in found}
-            every = itertools.product(*(LAUNCH_CHOICES[name] for name in fields))
-            splits = {default.splits} if front else LAUNCH_CHOICES["splits"]
-            wanted = set(itertools.product(splits, every))
-            if fields[0] == "cluster_size":  # where the front can serve, it does
-                wanted = {point for point in wanted if point[1][0] > 0}
-            assert {(point[0], point[1:]) for point in seen} == wanted, fields
+    found = variants(LaunchSpace(default, kernels))
+    assert len(found) <= {TRITON: 180, ("front", "rest"): 26, ("front",): 8}[kernels]
+    for fields in (KERNELS[kernel] for kernel in kernels):
+        seen = {tuple(getattr(launch, name) for name in ("splits", *fields)) for launch in found}
+        every = itertools.product(*(LAUNCH_CHOICES[name] for name in fields))
+        splits = LAUNCH_CHOICES["splits"] if kernels == TRITON else {default.splits}
+        wanted = set(itertools.product(splits, every))
+        if "cluster_size" in fields:  # where the front can serve, it does
+            wanted = {point for point in wanted if point[1][0] > 0}
+        assert {(point[0], point[1:]) for point in seen} == wanted, fields

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import multiprocessing
 import threading
@@ -20,14 +21,14 @@ pytest.importorskip("optuna")
 from typer.testing import CliRunner
 
 from benchmarks import results, tuning
-from mac_autotune import tune_kernel
+from mac_autotune import kernel, tune_kernel
 from mac_autotune.cli import tune_command
 from mac_autotune.command import command_line
 from mac_autotune.errors import ExportRefused
 from mac_autotune.kernel import Problem
-from mac_autotune.rounds import gpu_turn
-from mac_autotune.space import LaunchSpace
-from mac_kernels import MacConfig, tuned
+from mac_autotune.rounds import Rounds, gpu_turn
+from mac_autotune.space import TRITON, LaunchSpace
+from mac_kernels import HeadLayout, MacConfig, tuned
 from mac_kernels.launch import LaunchParams, default_launch
 from mac_kernels.testing.timing import Timing
 
@@ -41,9 +42,9 @@ class FakeBench:
 
     def __init__(self, problem: Problem, *, seed: int = 0, store: Any = None, **options: Any) -> None:
         del seed, store, options
-        self.problem, front = problem, False
+        self.problem = problem
         self.default = default_launch(problem.batch * problem.layout.num_kv_heads, MacConfig(), 132, problem.page_size)
-        self.space = LaunchSpace(self.default, front)
+        self.space = LaunchSpace(self.default, TRITON)
 
     def time(self, launches: Mapping[str, LaunchParams], hit: float, *, repeats: int) -> dict[str, Timing]:
         def of(launch: LaunchParams) -> Timing:
@@ -102,7 +103,7 @@ def test_a_comparison_keeps_every_bucket_that_it_finished(tmp_path: Path, monkey
     rows = [row for row in results.read(tmp_path / "tuning.csv") if row["metric"] == "ratio"]
     buckets = {("1", "32768"), ("1", "126976"), ("64", "32768")}
     assert {(row["batch"], row["context"]) for row in rows} == buckets, "64 x 126976 tokens need 33 GB"
-    assert {row["case"] for row in rows} == {"default", "tuned", "random 20", "triton front"}
+    assert {row["case"] for row in rows} == {"default", "tuned", "random 20", "triton"}
     assert all(float(row["p50"]) == pytest.approx(0.9) for row in rows if row["case"] in ("tuned", "random 20"))
     (path,) = (tmp_path / "tuned").iterdir()
     file = tuned.load(path)
@@ -115,6 +116,52 @@ def test_a_comparison_keeps_every_bucket_that_it_finished(tmp_path: Path, monkey
     assert not (tmp_path / "late").exists()
     monkeypatch.setattr(tuning, "Bench", None)
     tuning.tune_layout(run, "32/8x128", facts, gates)  # nothing is left to measure
+
+
+def test_a_small_space_is_drawn_whole_and_the_default_may_be_its_best() -> None:
+    class FrontBench(FakeBench):
+        def __init__(self, problem: Problem) -> None:
+            super().__init__(problem)
+            self.space, self.timed = LaunchSpace(self.default, ("front",)), []
+
+        def time(self, launches: Mapping[str, LaunchParams], hit: float, *, repeats: int) -> dict[str, Timing]:
+            self.timed.append(list(launches.values()))
+            slower = {name: 1 + 0.1 * (launch != self.default) for name, launch in launches.items()}
+            return {name: Timing(us, us, us, repeats) for name, us in slower.items()}
+
+    bench = FrontBench(Problem(layout=HeadLayout(32, 8, 128), batch=1, context=4096))
+    drawn = tuning.random_search(bench, 200, seed=0)
+    timed = {launch for launches in bench.timed for launch in launches}
+    assert len(timed) == bench.space.size == 8 and bench.default in drawn.values()
+    other = next(launch for launch in timed if launch != bench.default)
+    bench.timed.clear()
+    default, found = tuning.compared(bench, {5: other}, {**drawn, -9: other})
+    assert found["random"] is default and found["tuned"].launch == other and not found["tuned"].better
+    assert found["triton"].launch == dataclasses.replace(bench.default, cluster_size=0)
+    assert all(len(set(launches)) == len(launches) for launches in bench.timed), "nothing is timed twice"
+
+
+@pytest.mark.parametrize(("dim", "kernels"), [(128, ("front",)), (256, ("front", "rest"))])
+def test_only_fields_of_kernels_that_serve_are_varied(
+    monkeypatch: pytest.MonkeyPatch, dim: int, kernels: tuple[str, ...]
+) -> None:
+    kv = SimpleNamespace(layout=HeadLayout(8, 1, dim))
+    scenario: Any = SimpleNamespace(q=None, kv=kv, rings=SimpleNamespace(correction=True), config=MacConfig())
+    monkeypatch.setattr(kernel, "unsupported_front", lambda *_: None)
+    monkeypatch.setattr(kernel.compiler, "missing", lambda: None)
+    assert kernel.tuned_kernels(scenario) == kernels
+    monkeypatch.setattr(kernel.compiler, "missing", lambda: "no NVRTC")
+    assert kernel.tuned_kernels(scenario) == TRITON
+
+
+def test_rounds_follow_each_other_in_changing_order() -> None:
+    order: list[str] = []
+    rounds = Rounds("cpu")
+    made = {name: rounds.make(lambda name=name: order.append(name), 1) for name in "abc"}
+    rounds.time(made, repeats=8)
+    turns = [tuple(order[first : first + 3]) for first in range(0, len(order), 3)]
+    assert len(turns) == 9 and all(sorted(turn) == ["a", "b", "c"] for turn in turns)
+    assert len({turn[0] for turn in turns}) == 3
 
 
 def test_tuning_processes_take_turns_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ TABLE = results.RESULTS / "NVIDIA_H100_80GB_HBM3" / "tuning.csv"
 BUNDLED = Path(places.__file__).parent / "tuned" / "bundled"
 ASKED = {(32, 8, 128), (32, 4, 128), (9, 3, 64), (14, 2, 64), (12, 2, 128), (40, 8, 128), (64, 8, 128)}
 TO_RANDOM = 1.03
-"""How far a bucket may be behind the best of 200 random points."""
+"""How far a bucket may be behind the best of 200 random points, or of all if the space has fewer."""
 
 
 @pytest.fixture(scope="module")
