@@ -65,6 +65,7 @@ class Tally:
     outcomes: Counter[str] = field(default_factory=Counter)
     tokens: int = 0
     wrong: list[str] = field(default_factory=list)
+    gaps: list[float] = field(default_factory=list)  # nats of the first differing token behind the best one
     memory: list[tuple[float, float, float]] = field(default_factory=list)  # time, GPU MiB, host MiB
     own_memory: bool = True  # of the servers alone, as far as the driver tells whose it is
 
@@ -125,6 +126,8 @@ async def _run(args: argparse.Namespace, output: Path) -> int:
                 beside.cancel()
     for name, one in ((f"mac, {args.preset}", tally), *((launch.name, own) for launch in launches[1:])):
         say(f"     {name}: {one.tie_share:.3f} of {one.checked} answers equal up to a tie, {len(one.wrong)} wrong")
+        spread = sorted(Counter(round(gap, 2) for gap in one.gaps).items())
+        say(f"     {name}: nats behind, times: {', '.join(f'{gap:.2f}: {times}' for gap, times in spread)}")
     if others:
         results.upsert(output, _rows(_answered(own), (args.baseline, "full"), args, shape))
     return 0 if all(good for _, good, _ in checks) else 1
@@ -224,11 +227,11 @@ def _judge(reply: Reply, reference: Reference, asked: int, tally: Tally, tie: fl
     tally.tokens += len(reply.output_ids)
     outcome = reference.judge(reply.output_ids, asked=asked, tie=tie)
     tally.outcomes[outcome] += 1
+    same, found = agreement(reply.output_ids, reference.tokens), "is missing"
+    if same < len(reply.output_ids):
+        tally.gaps.append(reference.gap(same, reply.output_ids[same]))
+        found = f"is {tally.gaps[-1]:.2f} nats behind the best"
     if outcome == "WRONG":
-        same = agreement(reply.output_ids, reference.tokens)
-        found = "is missing"
-        if same < len(reply.output_ids):
-            found = f"is {reference.gap(same, reply.output_ids[same]):.2f} nats behind the best"
         tally.wrong.append(
             f"prompt of {len(reference.prompt)} ({reply.meta['cached_tokens']} cached): token {same} of {asked} {found}"
         )
@@ -310,6 +313,7 @@ def _answered(tally: Tally) -> Figures:
         "answers_equal_up_to_a_tie": ("1", tally.outcomes["equal up to a tie"]),
         "answers_wrong": ("1", len(tally.wrong)),
         "tie_share": ("1", tally.tie_share),
+        "gap_of_first_difference_most": ("nats", max(tally.gaps, default=0.0)),
         "aborts": ("1", tally.outcomes["aborted"]),
         "tokens": ("1", tally.tokens),
     }

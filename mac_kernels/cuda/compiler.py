@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -157,6 +158,12 @@ class DriverKernel:
         (status,) = self._driver.cuLaunchKernelEx(self._config, self._function, ctypes.addressof(pointer), 0)
         if status.value != 0:
             raise CudaError(f"CUDA: {status.name} at a launch")
+
+
+def fill(arguments: ctypes.Structure, values: Mapping[str, torch.Tensor | float]) -> None:
+    """Set fields by name: a tensor's address, or a number."""
+    for name, value in values.items():
+        setattr(arguments, name, value.data_ptr() if isinstance(value, torch.Tensor) else value)
 
 
 @functools.lru_cache(maxsize=256)

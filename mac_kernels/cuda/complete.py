@@ -74,9 +74,7 @@ def bind_complete(values: Arguments, *, q: torch.Tensor, ahead: bool, num_sms: i
     if isinstance(kernel, compiler.CudaError):
         return kernel
     arguments = CompleteArguments()
-    for name, tensor in tensors.items():
-        setattr(arguments, name, tensor.data_ptr())
-    arguments.num_groups, arguments.break_even = values["num_groups"], values["break_even"]
+    compiler.fill(arguments, tensors | {name: values[name] for name in ("num_groups", "break_even")})
     if not ahead:
         arguments.ahead_ptr = 0
     return Complete(kernel, arguments, tensors)

@@ -149,10 +149,8 @@ def bind_front(
     if isinstance(kernel, compiler.CudaError):
         return kernel
     arguments = FrontArguments()
-    for name, tensor in tensors.items():
-        setattr(arguments, name, tensor.data_ptr())
-    for name in (*_LAYER_STRIDES, "logit_scale", "soft_cap", "num_slots", "max_age", "min_context"):
-        setattr(arguments, name, values[name])
+    numbers = (*_LAYER_STRIDES, "logit_scale", "soft_cap", "num_slots", "max_age", "min_context")
+    compiler.fill(arguments, tensors | {name: values[name] for name in numbers})
     return Front(kernel, arguments, tensors)
 
 

@@ -101,10 +101,8 @@ def bind_rest(values: Arguments, *, q: torch.Tensor, early: int, num_sms: int) -
     if isinstance(kernel, compiler.CudaError):
         return kernel
     arguments = RestArguments()
-    for name, tensor in tensors.items():
-        setattr(arguments, name, tensor.data_ptr())
-    for name in (*_LAYER_STRIDES, "logit_scale", "soft_cap", "num_groups"):
-        setattr(arguments, name, values[name])
+    numbers = (*_LAYER_STRIDES, "logit_scale", "soft_cap", "num_groups")
+    compiler.fill(arguments, tensors | {name: values[name] for name in numbers})
     arguments.num_blocks, arguments.early_blocks = num_sms, early
     if early:
         tile_bytes = 2 * 16 * values["HEAD_DIM"] * q.element_size()

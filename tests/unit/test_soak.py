@@ -35,25 +35,27 @@ class Answers:
 
 
 @pytest.mark.parametrize(
-    ("tokens", "asked", "outcome"),
+    ("tokens", "asked", "outcome", "gaps"),
     [
-        ([5, 6, 7, 8], 4, "equal"),
-        ([5, 6], 2, "equal"),
-        ([5, 6, 9, 9], 4, "equal up to a tie"),
-        ([5, 1, 7, 8], 4, "WRONG"),
-        ([5, 6, 1, 8], 4, "WRONG"),  # two others are tied there
-        ([5, 6, 2, 8], 4, "WRONG"),  # not even among the best
-        ([5, 6], 4, "WRONG"),  # half an answer
-        ([1, 1, 1, 1], 4, "WRONG"),
+        ([5, 6, 7, 8], 4, "equal", []),
+        ([5, 6], 2, "equal", []),
+        ([5, 6, 9, 9], 4, "equal up to a tie", [0.1]),
+        ([5, 1, 7, 8], 4, "WRONG", [2.0]),
+        ([5, 6, 1, 8], 4, "WRONG", [3.0]),  # two others are tied there
+        ([5, 6, 2, 8], 4, "WRONG", [float("inf")]),  # not even among the best
+        ([5, 6], 4, "WRONG", []),  # half an answer
+        ([1, 1, 1, 1], 4, "WRONG", [3.0]),
     ],
 )
-def test_the_soak_tells_a_tie_from_a_wrong_token(tokens: list[int], asked: int, outcome: str) -> None:
+def test_the_soak_tells_a_tie_from_a_wrong_token(
+    tokens: list[int], asked: int, outcome: str, gaps: list[float]
+) -> None:
     behind = [{5: 0.0, 1: 3.0}, {6: 0.0, 1: 2.0}, {7: 0.0, 9: 0.1, 1: 3.0}, {8: 0.0, 1: 4.0}]
     reference = soak.Reference([1, 2, 3], [5, 6, 7, 8], behind)
     tally, server = soak.Tally(), Answers(tokens)
     soak._judge(asyncio.run(soak._exact(server, [1, 2, 3])), reference, asked, tally, 0.5)
     assert tally.outcomes == Counter({outcome: 1})
-    assert bool(tally.wrong) == (outcome == "WRONG")
+    assert bool(tally.wrong) == (outcome == "WRONG") and tally.gaps == gaps
     assert server.asked[0]["sampling"] == {"custom_params": {"mac": "exact"}}
 
 
