@@ -48,7 +48,9 @@ def measured_rates() -> list[tuple[HeadLayout, int, int, float]]:
 
 def test_the_estimate_is_near_what_was_measured() -> None:
     rates = measured_rates()
-    assert len(rates) == 12
+    # the others cross at no planted rate: after a step of misses alone the next one begins ahead of its decisions and
+    # takes as long as full attention. The estimate is for hit rates at which that is rare.
+    assert len(rates) == 7 and all(batch > 1 for _, batch, _, _ in rates)
     for layout, batch, context, rate in rates:
         assert estimate(layout, batch, context) == pytest.approx(rate, abs=0.04), (layout, batch, context)
 
