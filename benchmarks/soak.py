@@ -230,11 +230,12 @@ def _judge(reply: Reply, reference: Reference, asked: int, tally: Tally, tie: fl
     same, found = agreement(reply.output_ids, reference.tokens), "is missing"
     if same < len(reply.output_ids):
         tally.gaps.append(reference.gap(same, reply.output_ids[same]))
-        found = f"is {reply.output_ids[same]} for {reference.tokens[same]}, {tally.gaps[-1]:.2f} nats behind the best"
+        tokens = f"{reply.output_ids[same]} for {reference.tokens[same]}"
+        found = f"is {tokens}, {tally.gaps[-1]:.2f} nats behind the best"
     if outcome == "WRONG":
         tally.wrong.append(
-            f"prompt of {len(reference.prompt)} that ends in {reference.prompt[-1]} ({reply.meta['cached_tokens']} cached): "
-            f"token {same} of {asked} {found}"
+            f"prompt of {len(reference.prompt)} that ends in {reference.prompt[-1]} "
+            f"({reply.meta['cached_tokens']} cached): token {same} of {asked} {found}"
         )
 
 
