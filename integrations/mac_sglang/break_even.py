@@ -12,8 +12,8 @@ from mac_kernels.tuned import KernelKey, find_kernel
 
 FULL_US, MISS_US, HIT_US, HIT_GROUP_US = 19.0, 8.0, 13.0, 0.125
 """One layer on an H100 (``benchmarks/results``): the part of full attention that does not depend on what it reads, what
-a step of misses adds to it (nothing if the one before was one, too: the rest then begins ahead of the decision), a step of
-hits at batch 1, and what each further kv group adds to that."""
+a step of misses adds to it (nothing if the one before was one, too: its rest then begins ahead of the decision),
+a step of hits at batch 1, and what each further kv group adds to that."""
 HALF_US = 4.0
 """What a step in which half of the groups hit takes beyond the middle of those two (3.4 to 19 us, same place): one
 group that misses makes it wait."""
