@@ -276,8 +276,8 @@ def tuned_kernels(scenario: Scenario) -> tuple[str, ...]:
     against = unsupported_front(scenario.q, kv, scenario.rings, scenario.config, scenario.q)
     if against is not None or compiler.missing() is not None:
         return TRITON
-    shape = {"HEAD_DIM": kv.layout.head_dim, "GROUP": kv.layout.group_size, "KBAR": scenario.rings.correction}
-    return ("front",) if serves_rest(shape) else ("front", "rest")
+    narrow = serves_rest(kv.layout.head_dim, kv.layout.group_size, kbar=scenario.rings.correction)
+    return ("front",) if narrow else ("front", "rest")
 
 
 def mean_ratio(ratios: Any) -> float:

@@ -155,8 +155,8 @@ def estimate_s(task: KernelTask, *, workers: int = 16) -> float:
     return _START_S + compile_s + len(task.problems()) * (task.plan.trials * _TRIAL_S + _EXPORT_S)
 
 
-# launch parameters that hold every variant, and seconds for starting processes that compile, for compiling one, for a
-# trial, for a bucket's planting and measuring again: as it took on an H100
+# launch parameters that hold every variant, and seconds for starting processes that compile, for compiling one (two
+# guesses), for a trial, for a bucket's planting and measuring again (as it took on an H100)
 _LAUNCHES, _START_S, _COMPILE_S, _TRIAL_S, _EXPORT_S = 8, 15.0, 1.5, 0.05, 2.0
 
 

@@ -16,6 +16,8 @@ struct State {  // of heads 8 b + 2 (lane % 4) + {0, 1}
     float out[HEAD_BLOCKS][V_CHUNKS][4][4];
 };
 
+DEVICE float scale_of(const float* pointer, float number) { return SCALES_ON_DEVICE ? *pointer : number; }
+
 struct Row {
     const half_bits *k, *v;
     int swizzle;  // chunk i of the row, of 8 dims, lies at i ^ swizzle

@@ -1,6 +1,7 @@
 // Completes the groups that were not reused: merges the parts of the rest, writes the ring row and, with sinks and band,
 // the output. A block takes HEADS heads of a group; PART_WARPS warps share the parts of a head.
 #include "types.cuh"
+#include "rotary.cuh"
 
 struct Args {  // in the order of mac_kernels.cuda.complete
     // may change from step to step
@@ -142,11 +143,6 @@ DEVICE Merged join(Shared& shared, int own, int d) {
 struct Turn {  // what rotates 4 dims back to the frame before RoPE
     float cosine[4], sine[4];
 };
-
-DEVICE int partner_of(int d) {
-    if (d >= ROTARY_DIM) return d;
-    return INTERLEAVED ? d ^ 1 : d < ROTARY_DIM / 2 ? d + ROTARY_DIM / 2 : d - ROTARY_DIM / 2;
-}
 
 DEVICE Turn load_turn(const Args& a, int position, int first) {
     const float* turn = a.cos_sin + (i64)max(position, 0) * ROTARY_DIM;  // -1: a request without tokens

@@ -1,6 +1,7 @@
 // What a block does with its own heads: merge the parts, write the output and the ring row. A thread takes 4 dims.
 #pragma once
 #include "decide.cuh"
+#include "rotary.cuh"
 
 constexpr int UNITS = (OWN_HEADS * HEAD_DIM / 4 + THREADS - 1) / THREADS;
 
@@ -76,8 +77,7 @@ DEVICE float4 pull_back(const Shared& shared, const Unit& u, float4 key) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
         const int d = u.d + i;
-        const int other = d >= ROTARY_DIM ? d : INTERLEAVED ? d ^ 1 : d < ROTARY_DIM / 2 ? d + ROTARY_DIM / 2 : d - ROTARY_DIM / 2;
-        x[i] += shared.key[u.own][d] * shared.cosine[d] + shared.key[u.own][other] * shared.sine[d];
+        x[i] += shared.key[u.own][d] * shared.cosine[d] + shared.key[u.own][partner_of(d)] * shared.sine[d];
     }
     return make_float4(x[0], x[1], x[2], x[3]);
 }

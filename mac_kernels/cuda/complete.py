@@ -19,7 +19,7 @@ _LAYER_POINTERS = (
     "ahead_ptr",
 )  # fmt: skip
 _CONSTANTS = (
-    "GROUP", "NUM_KV_HEADS", "HEAD_DIM", "WINDOW", "ROTARY_DIM", "INTERLEAVED", "KBAR", "BYPASS", "SCALES_ON_DEVICE",
+    "GROUP", "NUM_KV_HEADS", "HEAD_DIM", "WINDOW", "ROTARY_DIM", "INTERLEAVED", "KBAR", "BYPASS",
 )  # fmt: skip
 
 

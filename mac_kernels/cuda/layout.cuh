@@ -2,6 +2,17 @@
 #pragma once
 #include "types.cuh"
 
+#if SLOT_64
+typedef i64 slot_t;
+#else
+typedef int slot_t;
+#endif
+#if GENERATION_64
+typedef i64 generation_t;
+#else
+typedef int generation_t;
+#endif
+
 struct Args {  // in the order of mac_kernels.cuda.front
     // may change from step to step
     const half_bits *q, *k, *v;

@@ -49,15 +49,11 @@ class RestArguments(ctypes.Structure):
     )
 
 
-def serves_rest(values: Arguments) -> bool:
-    """Whether a thread can hold a tile and its sums, and a block a few tiles; otherwise Triton's rest is faster.
-
-    ``values`` are kernel arguments by the names that the Triton kernels give them.
-    """
-    dim, group, kbar = values["HEAD_DIM"], values["GROUP"], values["KBAR"]
-    loads, head_blocks = -(-dim // 64), -(-group // 8)
-    numbers = 8 * -(-dim // 32) + 16 * loads * (1 + head_blocks * (1 + kbar))
-    return bool(numbers <= _MAX_NUMBERS and loads <= _MAX_LOADS)
+def serves_rest(head_dim: int, group_size: int, *, kbar: bool) -> bool:
+    """Whether a thread can hold a tile and its sums, and a block a few tiles; otherwise Triton's rest is faster."""
+    loads, head_blocks = -(-head_dim // 64), -(-group_size // 8)
+    numbers = 8 * -(-head_dim // 32) + 16 * loads * (1 + head_blocks * (1 + kbar))
+    return numbers <= _MAX_NUMBERS and loads <= _MAX_LOADS
 
 
 def early_blocks(front_blocks: int, num_sms: int) -> int:

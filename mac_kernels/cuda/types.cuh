@@ -4,16 +4,6 @@
 
 typedef unsigned short half_bits;  // bf16 or fp16
 
-#if SLOT_64
-typedef i64 slot_t;
-#else
-typedef int slot_t;
-#endif
-#if GENERATION_64
-typedef i64 generation_t;
-#else
-typedef int generation_t;
-#endif
 #if BEGIN_64
 typedef i64 begin_t;
 #else
@@ -37,8 +27,6 @@ struct Strides {  // between pages, tokens and heads of keys and values
 constexpr int WARPS = THREADS / 32;
 
 DEVICE u32 word(const uint4& x, int i) { return i == 0 ? x.x : i == 1 ? x.y : i == 2 ? x.z : x.w; }
-
-DEVICE float scale_of(const float* pointer, float number) { return SCALES_ON_DEVICE ? *pointer : number; }
 
 DEVICE void add(float4& sum, float weight, float4 x) {
     sum.x += weight * x.x, sum.y += weight * x.y, sum.z += weight * x.z, sum.w += weight * x.w;

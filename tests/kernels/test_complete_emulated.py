@@ -90,7 +90,7 @@ class Step:
         definitions = {
             "GROUP": shape.group, "NUM_KV_HEADS": 2, "HEAD_DIM": shape.head_dim, "WINDOW": WINDOW,
             "ROTARY_DIM": shape.rotary_dim, "INTERLEAVED": int(shape.interleaved), "KBAR": int(shape.kbar),
-            "BYPASS": 1, "SCALES_ON_DEVICE": 0, "CLUSTER": 1, "THREADS": 32 * heads * warps, "HEADS": heads,
+            "BYPASS": 1, "CLUSTER": 1, "THREADS": 32 * heads * warps, "HEADS": heads,
             "PART_WARPS": warps, "HALF_KV": int(shape.dtype == torch.float16),
             "HALF_ROWS": int(shape.row_dtype == torch.float16), "TRIAL_GROUPS": TRIAL_GROUPS,
             "PAUSE_STEPS": PAUSE_STEPS,

@@ -30,7 +30,7 @@ from mac_kernels.cuda.rest import RestArguments, bind_rest, early_blocks, serves
     ],
 )
 def test_shapes(dim: int, group: int, kbar: bool, serves: bool) -> None:
-    assert serves_rest({"HEAD_DIM": dim, "GROUP": group, "KBAR": kbar}) is serves
+    assert serves_rest(dim, group, kbar=kbar) is serves
 
 
 def test_blocks_beside_the_front() -> None:
