@@ -118,7 +118,7 @@ class FusedStep:
             "part_key_ptr": empty(most_parts, group, dim),
             "part_lse_ptr": empty(most_parts, group),
             "parts_ptr": empty(groups, 2, dtype=torch.int32),
-            "ahead_ptr": torch.zeros(2, dtype=torch.int32, device=device),
+            "tickets_ptr": torch.zeros(1, dtype=torch.int32, device=device),
             "decision_int_ptr": self._int,
             "decision_float_ptr": self._float,
             "group_ptr": self._info,

@@ -1,6 +1,7 @@
 // Completes the groups that were not reused: merges the parts of the rest, writes the ring row and, with sinks and band,
 // the output. A block takes HEADS heads of a group; PART_WARPS warps share the parts of a head.
 #include "types.cuh"
+#include "bypass.cuh"
 #include "rotary.cuh"
 
 struct Args {  // in the order of mac_kernels.cuda.complete
@@ -8,7 +9,6 @@ struct Args {  // in the order of mac_kernels.cuda.complete
     half_bits* out;
     i64 stride_ob;
     int stride_oh;
-    int num_groups;
     // the same for every step of a layer
     const int *info, *parts;
     const float *part_out, *part_key, *part_lse, *always_out, *always_lse;
@@ -17,7 +17,6 @@ struct Args {  // in the order of mac_kernels.cuda.complete
     int *ring_pos, *ring_anchor;
     const float* cos_sin;
     int* bypass;
-    u32* ahead;
     float break_even;
 };
 
@@ -39,24 +38,6 @@ __device__ char complete_shared[sizeof(Shared) / 16];  // tells the host, by its
 
 DEVICE float4 load_4(const float* from, bool present) {
     return present ? *(const float4*)from : make_float4(0.f, 0.f, 0.f, 0.f);
-}
-
-// Judges a layer's hits, all groups of the step being counted: mac_kernels.bypass.Bypass.update.
-DEVICE void end_of_step(int* bypass, float break_even) {
-    const int hits = bypass[0], judged = bypass[1], pause = bypass[2];
-    const bool enough = judged >= TRIAL_GROUPS, poor = enough && (float)hits < (float)judged * break_even;
-    bypass[0] = poor ? 0 : enough ? hits / 2 : hits;
-    bypass[1] = poor ? 0 : enough ? judged / 2 : judged;
-    bypass[2] = poor ? PAUSE_STEPS : max(pause - 1, 0);
-}
-
-// Whether the rest of the next step need not wait for its decisions.
-DEVICE void note_ahead(const Args& a, int lane) {
-    bool reused = false;
-#pragma unroll 1
-    for (int group = lane; group < a.num_groups; group += 32) reused |= a.info[8 * group + 4] != 0;
-    const u32 ahead = !__any_sync(ALL_LANES, reused), before = a.ahead[0];
-    if (lane == 0 && ahead != before) a.ahead[0] = ahead;  // a store would delay the end of the launch
 }
 
 // Merges every PART_WARPS-th part of a head.
@@ -172,10 +153,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) complete(const __grid_c
     const int group = blockIdx.x / BLOCKS, first_head = blockIdx.x % BLOCKS * HEADS;
     const int *info = a.info + 8 * group, position = info[2], ring = info[3], anchor = info[5];
     const bool reuse = info[4] != 0;
-    if (blockIdx.x == 0 && warp == 0) {
-        if (a.ahead) note_ahead(a, lane);
-        if (BYPASS && lane == 0) end_of_step(a.bypass, a.break_even);
-    }
+    if (JUDGES && blockIdx.x == 0 && thread == 0) judge_hits(a.bypass, a.break_even);
     if (reuse) {  // done before
         grid_wait();
         grid_launch_dependents();

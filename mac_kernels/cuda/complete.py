@@ -16,11 +16,8 @@ _WARPS_OF_FEW = 8  # that share the parts of a head: a miss of a small batch has
 _LAYER_POINTERS = (
     "group_ptr", "parts_ptr", "part_out_ptr", "part_key_ptr", "part_lse_ptr", "always_out_ptr", "always_lse_ptr",
     "ring_out_ptr", "ring_key_ptr", "ring_lse_ptr", "ring_pos_ptr", "ring_anchor_ptr", "cos_sin_ptr", "bypass_ptr",
-    "ahead_ptr",
 )  # fmt: skip
-_CONSTANTS = (
-    "GROUP", "NUM_KV_HEADS", "HEAD_DIM", "WINDOW", "ROTARY_DIM", "INTERLEAVED", "KBAR", "BYPASS",
-)  # fmt: skip
+_CONSTANTS = ("GROUP", "NUM_KV_HEADS", "HEAD_DIM", "WINDOW", "ROTARY_DIM", "INTERLEAVED", "KBAR")
 
 
 class CompleteArguments(ctypes.Structure):
@@ -29,7 +26,7 @@ class CompleteArguments(ctypes.Structure):
     _fields_ = (
         ("out", ctypes.c_uint64),
         ("stride_ob", ctypes.c_int64),
-        *((name, ctypes.c_int32) for name in ("stride_oh", "num_groups")),
+        ("stride_oh", ctypes.c_int32),
         *((name, ctypes.c_uint64) for name in _LAYER_POINTERS),
         ("break_even", ctypes.c_float),
     )
@@ -49,11 +46,11 @@ class Complete:
         self._kernel.launch(a)
 
 
-def bind_complete(values: Arguments, *, q: torch.Tensor, ahead: bool, num_sms: int) -> Complete | compiler.CudaError:
+def bind_complete(values: Arguments, *, q: torch.Tensor, judges: bool, num_sms: int) -> Complete | compiler.CudaError:
     """The kernel of a layer, or why it cannot be made.
 
-    ``values`` are kernel arguments by the names that the Triton kernels give them; ``ahead``: whether the rest of the
-    next step wants to know if all groups missed. With few groups a head gets a block of its own.
+    ``values`` are kernel arguments by the names that the Triton kernels give them; ``judges``: whether no other kernel
+    judges the layer's hits. With few groups a head gets a block of its own.
     """
     tensors = {name: values[name] for name in _LAYER_POINTERS}
     group = values["GROUP"]
@@ -64,6 +61,7 @@ def bind_complete(values: Arguments, *, q: torch.Tensor, ahead: bool, num_sms: i
         "THREADS": 32 * heads * part_warps,
         "HEADS": heads,
         "PART_WARPS": part_warps,
+        "JUDGES": int(judges and values["BYPASS"]),
         "HALF_KV": int(q.dtype == torch.float16),
         "HALF_ROWS": int(tensors["ring_out_ptr"].dtype == torch.float16),
         "TRIAL_GROUPS": TRIAL_GROUPS,
@@ -74,7 +72,5 @@ def bind_complete(values: Arguments, *, q: torch.Tensor, ahead: bool, num_sms: i
     if isinstance(kernel, compiler.CudaError):
         return kernel
     arguments = CompleteArguments()
-    compiler.fill(arguments, tensors | {name: values[name] for name in ("num_groups", "break_even")})
-    if not ahead:
-        arguments.ahead_ptr = 0
+    compiler.fill(arguments, tensors | {"break_even": values["break_even"]})
     return Complete(kernel, arguments, tensors)

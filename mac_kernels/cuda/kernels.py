@@ -42,10 +42,10 @@ def bind_kernels(
     """
     early = early_blocks(values["num_groups"] * launch.cluster_size, num_sms)
     front = bind_front(values, launch, q=q, slots=slots, generations=generations)
-    complete = bind_complete(values, q=q, ahead=early > 0, num_sms=num_sms)
     rest = None
     if serves_rest(values["HEAD_DIM"], values["GROUP"], kbar=values["KBAR"]):
         rest = bind_rest(values, q=q, early=early, num_sms=num_sms)
+    complete = bind_complete(values, q=q, judges=rest is None, num_sms=num_sms)
     error = compiler.CudaError
     if isinstance(front, error) or isinstance(rest, error) or isinstance(complete, error):
         say_unused(

@@ -7,6 +7,7 @@
 // Where the front leaves SMs free, the blocks there come first, and their runs are longer. If no group was reused in the
 // step before, they do not wait for the decision: they begin as if all missed again.
 #include "attend.cuh"
+#include "bypass.cuh"
 
 struct Args {  // in the order of mac_kernels.cuda.rest
     // may change from step to step
@@ -21,15 +22,18 @@ struct Args {  // in the order of mac_kernels.cuda.rest
     const page_t* pages;
     const length_t* lengths;
     const int* info;
-    u32* ahead;  // whether no group was reused in the step before; how many blocks have come
+    u32* tickets;  // how many blocks have come, and AHEAD
+    int* bypass;
     int* parts;
     float *part_out, *part_key, *part_lse;
     Strides strides;
-    float logit_scale, soft_cap;
+    float logit_scale, soft_cap, break_even;
     int num_blocks, early_blocks;  // these have SMs of their own, and so many tiles more than the others:
     int lead, lead_ahead;          // beginning with the decision, or ahead of it
     int tiles_ahead;               // that a warp attends to before it waits for the decision
 };
+
+constexpr u32 AHEAD = 1u << 31;  // no group was reused in the step before
 
 constexpr int ROW = V_CHUNKS * 64;  // numbers between rows in shared memory
 constexpr int STAGE = 2 * 16 * ROW;
@@ -47,7 +51,8 @@ struct __align__(16) Shared {
     half_bits q[GROUP][HEAD_DIM];
     float2 weight[WARPS][GROUP];  // maximum, sum
     int tiles[WARPS];
-    int order, group, begin;
+    u32 ticket;
+    int group, begin;
 };
 
 __device__ char rest_shared[sizeof(Shared) / 16];  // tells the host, by its size, what a launch needs
@@ -93,16 +98,35 @@ DEVICE int order_of(const Deal& d, int tile) {  // of the block whose run has a 
 }
 
 struct Run {  // of a block; group and begin are those of its first tile's group
-    int order, first, stop, group, begin;
+    int first, stop, group, begin;
 };
 
-// Every thread counts the tiles of a few groups; the one that has the run's first tile tells its group.
-DEVICE Run find_run(const Args& a, Shared& shared, bool ahead, int thread, int warp, int lane) {
+struct Share {  // of a thread: groups whose tiles it counts
+    int from, to;
+};
+
+DEVICE Share share_of(const Args& a, int thread) {
     const int each = (a.num_groups + THREADS - 1) / THREADS;
-    const int from = min(thread * each, a.num_groups), to = min(from + each, a.num_groups);
-    int own = 0;
+    return {min(thread * each, a.num_groups), min((thread + 1) * each, a.num_groups)};
+}
+
+struct Count {
+    int tiles;
+    bool reused;  // a group, as far as it is known
+};
+
+DEVICE Count count_of(const Args& a, Share share, bool ahead) {
+    Count count = {0, false};
 #pragma unroll 1
-    for (int group = from; group < to; ++group) own += tiles_of(range_of(a, group, ahead));
+    for (int group = share.from; group < share.to; ++group) {
+        count.tiles += tiles_of(range_of(a, group, ahead));
+        if (!ahead) count.reused |= a.info[8 * group + 4] != 0;
+    }
+    return count;
+}
+
+// Every thread has counted its `own` tiles; the one that has the run's first tile tells its group.
+DEVICE Run find_run(const Args& a, Shared& shared, Share share, int own, int order, bool ahead, int warp, int lane) {
     int end = own;
 #pragma unroll
     for (int lanes = 1; lanes < 32; lanes *= 2) {
@@ -119,13 +143,12 @@ DEVICE Run find_run(const Args& a, Shared& shared, bool ahead, int thread, int w
     }
     const int lead = ahead ? a.lead_ahead : a.lead;
     const Deal deal = {total, a.num_blocks, a.early_blocks, min(lead, total / max(a.early_blocks, 1))};
-    const int order = shared.order;
-    Run run = {order, run_begin(deal, order), run_begin(deal, order + 1), 0, 0};
+    Run run = {run_begin(deal, order), run_begin(deal, order + 1), 0, 0};
     const bool tells = end - own <= run.first && run.first < end, notes = order == 0;
     if (tells || notes) {
         int begin = end - own;
 #pragma unroll 1
-        for (int group = from; group < to; ++group) {
+        for (int group = share.from; group < share.to; ++group) {
             const int tiles = tiles_of(range_of(a, group, ahead));
             if (begin <= run.first && run.first < begin + tiles) shared.group = group, shared.begin = begin;
             if (notes) {
@@ -272,23 +295,47 @@ DEVICE void write_part(const Args& a, const Shared& shared, i64 part, int warps,
     }
 }
 
+// Whether the next step may begin ahead. All tickets are taken.
+DEVICE void renew_tickets(const Args& a, bool reused, int thread) {
+    reused = __syncthreads_or(reused);
+    if (thread == 0) a.tickets[0] = a.tiles_ahead > 0 && !reused ? AHEAD : 0;
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS, 1) rest(const __grid_constant__ Args a) {
     Shared& shared = *(Shared*)shared_memory();
     const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
-    if (thread == 0) shared.order = atomicInc(a.ahead + 1, a.num_blocks - 1);
-    const bool ahead = a.tiles_ahead > 0 && a.ahead[0] > 0;
-    __syncthreads();  // one warp is enough to let follow what writes a.ahead anew
-    if (!ahead) let_follow();
-    const Run run = find_run(a, shared, ahead, thread, warp, lane);
-    bool waits = ahead;  // still
-    if (run.first == run.stop) {
-        if (waits) let_follow();
-        return;
+    const Share share = share_of(a, thread);
+    // most of these come when the front has ended: what follows may come, too, while they take their tickets
+    const bool late = blockIdx.x >= a.early_blocks;
+    u32 ticket = blockIdx.x;  // unless some have longer runs: then those that come first
+    Count own = {0, false};
+    if (thread == 0 && a.early_blocks > 0) ticket = atomicAdd(a.tickets, 1u);
+    if (late) {
+        let_follow();
+        own = count_of(a, share, false);
     }
+    if (thread == 0) shared.ticket = ticket;
+    __syncthreads();
+    const bool ahead = shared.ticket >= AHEAD, guesses = ahead && !late;
+    const int order = shared.ticket & ~AHEAD;
+    const bool is_first = order == 0, is_last = a.early_blocks > 0 && order == a.num_blocks - 1;
+    if (!late && !ahead) {
+        let_follow();
+        own = count_of(a, share, false);
+    }
+    if (!guesses) {
+        if (is_last) renew_tickets(a, own.reused, thread);
+        if (!__syncthreads_or(own.tiles > 0) && !is_first) return;
+        if (BYPASS && is_first && thread == 0) judge_hits(a.bypass, a.break_even);
+    }
+    if (ahead) own = count_of(a, share, true);
+    const Run run = find_run(a, shared, share, own.tiles, order, ahead, warp, lane);
+    bool waits = guesses;  // still
+    if (waits && run.first == run.stop) let_follow();
     const float k_scale = scale_of(a.k_scale_ptr, a.k_scale), v_scale = scale_of(a.v_scale_ptr, a.v_scale);
     int group = run.group, begin = run.begin;
 #pragma unroll 1
-    for (int first = run.first;;) {
+    for (int first = run.first; first < run.stop;) {
         const Range range = range_of(a, group, ahead);
         const int end = begin + tiles_of(range), tiles = min(end, run.stop) - first;
         if (waits || !ahead || a.info[8 * group + 4] == 0) {
@@ -296,12 +343,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) rest(const __grid_const
                                           a.logit_scale * k_scale, warp, lane);
             waits = false;
             __syncthreads();
-            if (any) write_part(a, shared, (i64)run.order + group, min(tiles, WARPS), k_scale, v_scale, thread);
+            if (any) write_part(a, shared, (i64)order + group, min(tiles, WARPS), k_scale, v_scale, thread);
         }
         first += tiles;
-        if (first == run.stop) return;
+        if (first == run.stop) break;
         begin = end;
         group = next_group(a, group, ahead, lane);
         __syncthreads();  // before shared memory is written again
     }
+    if (!guesses) return;
+    if (is_last) renew_tickets(a, count_of(a, share, false).reused, thread);
+    if (BYPASS && is_first && thread == 0) judge_hits(a.bypass, a.break_even);
 }

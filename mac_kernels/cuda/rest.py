@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..bypass import PAUSE_STEPS, TRIAL_GROUPS
 from ..paged import PagedKV
 from . import compiler
 from .front import scale_argument
@@ -23,12 +24,12 @@ _LEAD_BYTES = 40_000_000
 
 _STEP_POINTERS = ("q", "k", "v", "k_scale_ptr", "v_scale_ptr")
 _LAYER_POINTERS = (
-    "begin_ptr", "page_ptr", "length_ptr", "group_ptr", "ahead_ptr", "parts_ptr", "part_out_ptr", "part_key_ptr",
-    "part_lse_ptr",
+    "begin_ptr", "page_ptr", "length_ptr", "group_ptr", "tickets_ptr", "bypass_ptr", "parts_ptr", "part_out_ptr",
+    "part_key_ptr", "part_lse_ptr",
 )  # fmt: skip
 _LAYER_STRIDES = ("stride_kp", "stride_kt", "stride_kh", "stride_vp", "stride_vt", "stride_vh")
 _CONSTANTS = (
-    "GROUP", "NUM_KV_HEADS", "HEAD_DIM", "PAGE_SIZE", "ROW_STRIDE", "BAND", "SINKS", "KBAR", "SOFT_CAP",
+    "GROUP", "NUM_KV_HEADS", "HEAD_DIM", "PAGE_SIZE", "ROW_STRIDE", "BAND", "SINKS", "KBAR", "BYPASS", "SOFT_CAP",
     "SCALES_ON_DEVICE",
 )  # fmt: skip
 
@@ -44,7 +45,7 @@ class RestArguments(ctypes.Structure):
         ("num_groups", ctypes.c_int32),
         *((name, ctypes.c_uint64) for name in _LAYER_POINTERS),
         *((name, ctypes.c_int32) for name in _LAYER_STRIDES),
-        *((name, ctypes.c_float) for name in ("logit_scale", "soft_cap")),
+        *((name, ctypes.c_float) for name in ("logit_scale", "soft_cap", "break_even")),
         *((name, ctypes.c_int32) for name in ("num_blocks", "early_blocks", "lead", "lead_ahead", "tiles_ahead")),
     )
 
@@ -89,6 +90,8 @@ def bind_rest(values: Arguments, *, q: torch.Tensor, early: int, num_sms: int) -
         "THREADS": 32 * _WARPS,
         "SHARED_BYTES": _SHARED_BYTES,
         "HALF_KV": int(q.dtype == torch.float16),
+        "TRIAL_GROUPS": TRIAL_GROUPS,
+        "PAUSE_STEPS": PAUSE_STEPS,
         "BEGIN_64": int(tensors["begin_ptr"].dtype == torch.int64),
         "PAGE_64": int(tensors["page_ptr"].dtype == torch.int64),
         "LENGTH_64": int(tensors["length_ptr"].dtype == torch.int64),
@@ -97,7 +100,7 @@ def bind_rest(values: Arguments, *, q: torch.Tensor, early: int, num_sms: int) -
     if isinstance(kernel, compiler.CudaError):
         return kernel
     arguments = RestArguments()
-    numbers = (*_LAYER_STRIDES, "logit_scale", "soft_cap", "num_groups")
+    numbers = (*_LAYER_STRIDES, "logit_scale", "soft_cap", "break_even", "num_groups")
     compiler.fill(arguments, tensors | {name: values[name] for name in numbers})
     arguments.num_blocks, arguments.early_blocks = num_sms, early
     if early:

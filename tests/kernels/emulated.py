@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import subprocess
 import tempfile
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -20,6 +22,7 @@ from mac_kernels.cuda.rest import RestArguments
 _HERE = Path(__file__).parent
 _SOURCES = Path(mac_kernels.cuda.__file__).parent
 _ARGUMENTS = {"front.cu": FrontArguments, "rest.cu": RestArguments, "complete.cu": CompleteArguments}
+AHEAD = -(2**31)  # rest.cu's bit of its tickets, as int32
 
 
 @functools.cache
@@ -36,6 +39,17 @@ def library(source: str, definitions: tuple[tuple[str, int], ...]) -> ctypes.CDL
     return loaded
 
 
+@contextlib.contextmanager
+def known_with_the_wait(code: ctypes.CDLL, shown: torch.Tensor, then: torch.Tensor) -> Iterator[None]:
+    """Every block finds ``shown`` as it is now until one of its threads has waited for the launch before."""
+    before, size = shown.clone(), ctypes.c_size_t(then.nbytes)
+    code.change(*(ctypes.c_void_p(x.data_ptr()) for x in (shown, before, then)), size)
+    try:
+        yield
+    finally:
+        code.change(None, None, None, ctypes.c_size_t(0))
+
+
 class EmulatedKernel:
     """A kernel whose grid runs on this thread."""
 
@@ -47,6 +61,8 @@ class EmulatedKernel:
         del device
         self._source, self._library, self._blocks = source, library(source, definitions), blocks
 
-    def launch(self, arguments: ctypes.Structure) -> None:
+    def launch(self, arguments: ctypes.Structure, order: Sequence[int] | None = None) -> None:
+        """``order``: in which the blocks come, default by their index."""
         EmulatedKernel.launches[self._source] += 1
-        assert self._library.run(ctypes.byref(arguments), self._blocks) == 0
+        blocks = None if order is None else (ctypes.c_int * self._blocks)(*order)
+        assert self._library.run(ctypes.byref(arguments), self._blocks, blocks) == 0

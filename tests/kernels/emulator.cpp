@@ -12,22 +12,24 @@ static void body() {
 
 extern "C" int size_of_arguments() { return sizeof(Args); }
 
-extern "C" void change(int after, void* to, const void* before, const void* then, size_t size) {
-    (after ? written_after : written_before) = {to, before, then, size};
+extern "C" void change(void* to, const void* before, const void* after, size_t size) {
+    written_before = {to, before, after, size};
 }
 
-// Returns how many threads have not ended, or not waited for the launch before.
-extern "C" int run(const Args* args, int num_blocks) {
+// Returns how many threads have not ended, or not waited for the launch before. A grid without clusters may have another
+// order of its blocks.
+extern "C" int run(const Args* args, int num_blocks, const int* order) {
     int faults = 0;
     arguments = args;
     static std::vector<std::vector<char>> stacks(THREADS * CLUSTER, std::vector<char>(1 << 16));
-    for (first_block = 0; first_block < num_blocks; first_block += CLUSTER) {
+    for (int turn = 0; turn < num_blocks; turn += CLUSTER) {
+        first_block = order ? order[turn] : turn;
         blocks.assign(CLUSTER, Block());
         for (Block& b : blocks) b.memory.assign(sizeof(Shared), 0xff);
         fibers.clear();
         fibers.resize(THREADS * CLUSTER);
         cluster = Barrier();
-        for (const Change& change : {written_before, written_after}) memcpy(change.to, change.before, change.size);
+        memcpy(written_before.to, written_before.before, written_before.size);
         for (size_t i = 0; i < fibers.size(); ++i) {
             Fiber& f = fibers[i];
             f.block = i / THREADS, f.thread = i % THREADS;

@@ -52,6 +52,7 @@ struct Warp {
 struct Block {
     std::vector<Warp> warps{THREADS / 32};
     Barrier barriers[3];
+    int any = 0;
     std::vector<unsigned char> memory;
 };
 struct Copy {
@@ -75,7 +76,7 @@ struct Change {  // by another launch; every block starts with what was before
     const void *before, *after;
     size_t size = 0;
 };
-static Change written_before, written_after;  // by what the grid waits for; by what it lets follow
+static Change written_before;  // by what the grid waits for
 static std::vector<Block> blocks;
 static std::vector<Fiber> fibers;
 static Barrier cluster;
@@ -113,11 +114,21 @@ static void grid_wait() {
     fibers[current].waited = true;
     memcpy(written_before.to, written_before.after, written_before.size);
 }
-static void grid_launch_dependents() { memcpy(written_after.to, written_after.after, written_after.size); }
+static void grid_launch_dependents() {}
 static void cluster_arrive() { fibers[current].cluster_phase = cluster.arrive(THREADS * CLUSTER); }
 static void cluster_wait() { wait_for(cluster.phase, fibers[current].cluster_phase); }
 static void some_sync(int barrier, int threads) { wait_at(block().barriers[barrier], threads); }
 static void __syncthreads() { some_sync(0, THREADS); }
+static int __syncthreads_or(int x) {
+    Block& b = block();
+    b.any |= x;
+    __syncthreads();
+    const int y = b.any;
+    __syncthreads();
+    b.any = 0;
+    __syncthreads();
+    return y;
+}
 static void __syncwarp() { wait_at(warp_here().barrier, 32); }
 static void* shared_memory() { return block().memory.data(); }
 template <typename T> static T* in_block(T* p, int rank) {
@@ -168,8 +179,7 @@ static int __ballot_sync(u32, bool x) {
     return reduced(x ? 1 << threadIdx.x % 32 : 0, [](int a, int b) { return a | b; });
 }
 static bool __any_sync(u32, bool x) { return reduced(x, [](int a, int b) { return a | b; }); }
-template <typename T> static void atomicAdd(T* to, T x) { *to += x; }
-static u32 atomicInc(u32* to, u32 last) { const u32 x = *to; *to = x >= last ? 0 : x + 1; return x; }
+template <typename T> static T atomicAdd(T* to, T x) { const T before = *to; *to += x; return before; }
 
 static float __int_as_float(int x) { float y; memcpy(&y, &x, 4); return y; }
 static float __uint_as_float(u32 x) { float y; memcpy(&y, &x, 4); return y; }

@@ -11,6 +11,7 @@ from typing import Any
 import test_tca
 import test_tca_index
 import torch
+from emulated import AHEAD
 
 from mac_kernels import BatchMacDecodeWithPagedKVCacheWrapper, fused
 from mac_kernels.cuda import kernels as kernels_of_cuda
@@ -52,7 +53,7 @@ class _Ahead(fused.FusedStep):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self._workspace["ahead_ptr"][0] = 1
+        self._workspace["tickets_ptr"][0] = AHEAD
 
 
 def _replaced(reason: str, **_: Any) -> None:

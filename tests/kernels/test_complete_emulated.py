@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
 import shutil
 from dataclasses import dataclass
 
 import pytest
 import torch
-from emulated import EmulatedKernel, library
+from emulated import EmulatedKernel, known_with_the_wait, library
 
 from mac_kernels.bypass import PAUSE_STEPS, TRIAL_GROUPS, Bypass
 from mac_kernels.cuda.complete import CompleteArguments
@@ -82,40 +81,35 @@ class Step:
         inv_freq = 100.0 ** -(torch.arange(0, shape.rotary_dim, 2).float() / shape.rotary_dim)
         self.rope = Rope.from_inv_freq(inv_freq, attention_scaling=1.2, interleaved=shape.interleaved)
         self.out = torch.full((groups // 2, 2 * heads, dim), math.nan, dtype=shape.dtype)
-        self.bypass, self.ahead = torch.tensor([9, TRIAL_GROUPS - 1, 3, 0], dtype=torch.int32), torch.ones(2).int()
+        self.bypass = torch.tensor([9, TRIAL_GROUPS - 1, 3, 0], dtype=torch.int32)
 
-    def run(self, break_even: float = 0.2) -> None:
+    def run(self, break_even: float = 0.2, judges: bool = False) -> None:
         shape, a = self.shape, CompleteArguments()
         heads, warps = (1, 8) if shape.few else (shape.group, 1)
         definitions = {
             "GROUP": shape.group, "NUM_KV_HEADS": 2, "HEAD_DIM": shape.head_dim, "WINDOW": WINDOW,
             "ROTARY_DIM": shape.rotary_dim, "INTERLEAVED": int(shape.interleaved), "KBAR": int(shape.kbar),
-            "BYPASS": 1, "CLUSTER": 1, "THREADS": 32 * heads * warps, "HEADS": heads,
+            "JUDGES": int(judges), "CLUSTER": 1, "THREADS": 32 * heads * warps, "HEADS": heads,
             "PART_WARPS": warps, "HALF_KV": int(shape.dtype == torch.float16),
             "HALF_ROWS": int(shape.row_dtype == torch.float16), "TRIAL_GROUPS": TRIAL_GROUPS,
             "PAUSE_STEPS": PAUSE_STEPS,
         }  # fmt: skip
-        # the parts become known with the wait
-        shown, unknown = self.parts.clone(), torch.full_like(self.parts, 2**20)
+        shown = torch.full_like(self.parts, 2**20)
         table = self.rope.cos_sin_cache(max(POSITIONS) + 1, "cpu")
         for name, tensor in (
             ("out", self.out), ("group_ptr", self.info), ("parts_ptr", shown), ("part_out_ptr", self.part_out),
             ("part_key_ptr", self.part_key), ("part_lse_ptr", self.part_lse), ("always_out_ptr", self.always_out),
             ("always_lse_ptr", self.always_lse), ("ring_out_ptr", self.ring_out), ("ring_key_ptr", self.ring_key),
             ("ring_lse_ptr", self.ring_lse), ("ring_pos_ptr", self.ring_pos), ("ring_anchor_ptr", self.ring_anchor),
-            ("cos_sin_ptr", table), ("bypass_ptr", self.bypass), ("ahead_ptr", self.ahead),
+            ("cos_sin_ptr", table), ("bypass_ptr", self.bypass),
         ):  # fmt: skip
             setattr(a, name, tensor.data_ptr())
         a.stride_ob, a.stride_oh, _ = self.out.stride()
-        a.num_groups, a.break_even = len(COUNTS), break_even
-        code = library("complete.cu", tuple(definitions.items()))
-        pointers = (ctypes.c_void_p(x.data_ptr()) for x in (shown, unknown, self.parts))
-        code.change(0, *pointers, ctypes.c_size_t(shown.nbytes))
-        kernel = EmulatedKernel("complete.cu", tuple(definitions.items()), len(COUNTS) * shape.group // heads, None)
-        try:
+        a.break_even = break_even
+        named = "complete.cu", tuple(definitions.items())
+        kernel = EmulatedKernel(*named, len(COUNTS) * shape.group // heads, None)
+        with known_with_the_wait(library(*named), shown, self.parts):
             kernel.launch(a)
-        finally:
-            code.change(0, None, None, None, ctypes.c_size_t(0))
 
 
 def _merged(lse: torch.Tensor, *values: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -161,15 +155,13 @@ def test_rows_and_outputs(shape: Shape) -> None:
 
 @pytest.mark.parametrize("judged", [TRIAL_GROUPS - 1, TRIAL_GROUPS])
 @pytest.mark.parametrize("break_even", [0.0, 0.9])
-def test_a_step_ends_like_the_reference(judged: int, break_even: float) -> None:
-    step, expected = Step(SHAPES[0]), Bypass(1, "cpu")
+@pytest.mark.parametrize("judges", [False, True])
+@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[2]], ids=str)
+def test_hits_are_judged_once_or_left_alone(shape: Shape, judges: bool, break_even: float, judged: int) -> None:
+    step, expected = Step(shape), Bypass(1, "cpu")
     step.bypass[1] = judged
     expected.values[0] = step.bypass
-    expected.update(0, torch.tensor([[Reason.NO_RING]]), break_even)  # its groups are counted by the front
-    step.run(break_even)
+    if judges:
+        expected.update(0, torch.tensor([[Reason.NO_RING]]), break_even)  # its groups are counted by the front
+    step.run(break_even, judges)
     assert step.bypass.tolist() == expected.values[0].tolist()
-    assert step.ahead.tolist() == [0, 1]  # two groups were reused
-    step.info[:, 4] = 0
-    step.part_lse.nan_to_num_(), step.part_out.nan_to_num_(), step.part_key.nan_to_num_()
-    step.run(break_even)
-    assert step.ahead.tolist() == [1, 1]

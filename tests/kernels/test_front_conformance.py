@@ -13,7 +13,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from emulated import EmulatedKernel
+from emulated import AHEAD, EmulatedKernel
 
 from mac_kernels import MacConfig, fused
 from mac_kernels.cuda import compiler, front, kernels, rest
@@ -57,7 +57,7 @@ class _Front(DecodeConformance):
 
         def noted(step: fused.FusedStep, *args: Any, **options: Any) -> None:
             init(step, *args, **options)
-            step._workspace["ahead_ptr"][0] = int(self.ahead)
+            step._workspace["tickets_ptr"][0] = AHEAD if self.ahead else 0
             self.plans.append(step)
 
         monkeypatch.setattr(fused.FusedStep, "__init__", noted)
@@ -86,7 +86,11 @@ class _Front(DecodeConformance):
                 torch.testing.assert_close(
                     out[request].cpu().double(), wanted.flatten(0, 1), rtol=tolerance, atol=tolerance
                 )
-        assert self.plans[-1]._workspace["ahead_ptr"].tolist() == [1, 0]  # no block is missing, the next step begins so
+        plan = self.plans[-1]
+        (bound,) = plan._bound.values()
+        assert bound.cuda is not None and bound.cuda.rest is not None, "the first case is not the CUDA rest's"
+        assert bound.cuda.rest._arguments.tiles_ahead > 0, "the front of the first case leaves too few SMs free"
+        assert plan._workspace["tickets_ptr"].item() == AHEAD  # no block is missing, the next step begins so
 
 
 class _Emulated(_Front):

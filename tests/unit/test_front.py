@@ -211,6 +211,37 @@ def test_triton_serves_where_one_kernel_cannot_be_made(
     assert caplog.text.count(f"{refused} is too large") == 1
 
 
+@pytest.mark.parametrize("break_even", [None, 0.1])
+@pytest.mark.parametrize(("layout", "served"), [(LAYOUT, True), (HeadLayout(8, 1, 256), False)])
+def test_one_kernel_judges_the_hits(
+    monkeypatch: pytest.MonkeyPatch,
+    no_device_is_refused: None,
+    layout: HeadLayout,
+    served: bool,
+    break_even: float | None,
+) -> None:
+    """The rest, or complete where the rest is Triton's; nobody without a limit."""
+    fused = pytest.importorskip("mac_kernels.fused", reason="needs triton", exc_type=ImportError)
+    told: dict[str, dict[str, int]] = {}
+
+    def make(source: str, definitions: Any, *_: Any) -> Any:
+        told[source] = dict(definitions)
+        return types.SimpleNamespace()
+
+    monkeypatch.setattr(compiler, "make_kernel", make)
+    q, kv, rings = step(layout)
+    plan = dataclasses.replace(planned(kv), config=dataclasses.replace(CONFIG, break_even=break_even))
+    ids = torch.zeros(1, dtype=torch.int64)
+    bound = fused.FusedStep(plan, launch=LaunchParams(cluster_size=2))._bind(
+        q, kv, rings, 0, ids, ids, torch.empty_like(q)
+    )
+    assert (bound.cuda.rest is not None) == served == ("rest.cu" in told)
+    judge = [
+        source for source, name in (("rest.cu", "BYPASS"), ("complete.cu", "JUDGES")) if told.get(source, {}).get(name)
+    ]
+    assert judge == ([] if break_even is None else ["rest.cu" if served else "complete.cu"])
+
+
 def test_with_a_cluster_size_of_0_nobody_asks_for_the_front(monkeypatch: pytest.MonkeyPatch) -> None:
     fused = pytest.importorskip("mac_kernels.fused", reason="needs triton", exc_type=ImportError)
     asked = []

@@ -1,4 +1,4 @@
-"""For what shapes the CUDA rest serves, and what it is told; nothing is compiled."""
+"""For what shapes the CUDA rest serves, and what it and complete are told; nothing is compiled."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from mac_kernels.cuda import compiler, rest
-from mac_kernels.cuda.complete import CompleteArguments
+from mac_kernels.bypass import PAUSE_STEPS, TRIAL_GROUPS
+from mac_kernels.cuda import compiler, complete, rest
+from mac_kernels.cuda.complete import Complete, CompleteArguments, bind_complete
 from mac_kernels.cuda.front import FrontArguments
 from mac_kernels.cuda.rest import RestArguments, bind_rest, early_blocks, serves_rest
 
@@ -72,10 +73,11 @@ def values(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
     numbers = {
         "GROUP": 8, "NUM_KV_HEADS": 4, "HEAD_DIM": 128, "PAGE_SIZE": 16, "ROW_STRIDE": 0, "BAND": 256, "SINKS": 4,
         "KBAR": True, "SOFT_CAP": False, "SCALES_ON_DEVICE": False, "logit_scale": 0.1, "soft_cap": 0.0,
-        "num_groups": 4,
+        "num_groups": 4, "BYPASS": True, "break_even": 0.25, "WINDOW": 16, "ROTARY_DIM": 128, "INTERLEAVED": False,
     }  # fmt: skip
     strides = {name: 8 * i for i, name in enumerate(rest._LAYER_STRIDES)}
-    yield {**numbers, **strides, **{name: torch.zeros(1, dtype=torch.int32) for name in rest._LAYER_POINTERS}}
+    pointers = {*rest._LAYER_POINTERS, *complete._LAYER_POINTERS}
+    yield {**numbers, **strides, **{name: torch.zeros(1, dtype=torch.int32) for name in pointers}}
 
 
 @pytest.mark.parametrize("early", [0, 100])
@@ -88,9 +90,28 @@ def test_what_the_kernel_is_told(values: dict[str, Any], early: int) -> None:
     assert source == "rest.cu" and blocks == a.num_blocks == 132
     assert (constants["HALF_KV"], constants["LENGTH_64"], constants["PAGE_64"], constants["KBAR"]) == (1, 1, 0, 1)
     assert (a.num_groups, a.early_blocks, a.stride_kt, a.stride_vh) == (4, early, 8, 40)
+    assert (constants["BYPASS"], constants["TRIAL_GROUPS"], constants["PAUSE_STEPS"]) == (1, TRIAL_GROUPS, PAUSE_STEPS)
+    assert (a.tickets_ptr, a.bypass_ptr) == (values["tickets_ptr"].data_ptr(), values["bypass_ptr"].data_ptr())
+    assert a.break_even == 0.25
     assert a.page_ptr == values["page_ptr"].data_ptr() and a.part_lse_ptr == values["part_lse_ptr"].data_ptr()
     # 8 KB a tile: 40 and 10 MB ahead of the others, 36 MB before the decision, by 100 blocks of 8 warps
     assert (a.lead, a.lead_ahead, a.tiles_ahead) == ((48, 12, 6) if early else (0, 0, 0))
+
+
+@pytest.mark.parametrize(("judges", "bypass"), [(False, True), (True, True), (True, False)])
+@pytest.mark.parametrize(("num_groups", "cut"), [(66, (528, 1, 8)), (67, (67, 8, 1))])
+def test_what_complete_is_told(
+    values: dict[str, Any], judges: bool, bypass: bool, num_groups: int, cut: tuple[int, int, int]
+) -> None:
+    values |= {"num_groups": num_groups, "BYPASS": bypass}
+    bound = bind_complete(values, q=torch.zeros(1, 32, 128, dtype=torch.float16), judges=judges, num_sms=132)
+    assert isinstance(bound, Complete)
+    source, definitions, asked, _device = bound._kernel.asked
+    constants, a = dict(definitions), bound._arguments
+    assert source == "complete.cu" and constants["THREADS"] == 256
+    assert (asked, constants["HEADS"], constants["PART_WARPS"]) == cut
+    assert (constants["JUDGES"], constants["TRIAL_GROUPS"]) == (int(judges and bypass), TRIAL_GROUPS)
+    assert (a.bypass_ptr, a.break_even) == (values["bypass_ptr"].data_ptr(), 0.25)
 
 
 def test_a_refusal_is_handed_on(values: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
