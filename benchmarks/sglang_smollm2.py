@@ -219,8 +219,9 @@ async def _measure(server: Server, prompts: Prompts, tokens: int, *, baseline: b
         second = [prompt + answer + turn for prompt, answer, turn in heard]
         await part("early", second, _EARLY)
         await part("later", second, _EARLY + _LATER)
-        await server.flush()
-        await part("computed", second, _EARLY)
+        for name, count in (("computed early", _EARLY), ("computed later", _EARLY + _LATER)):
+            await server.flush()
+            await part(name, second, count)
     await server.flush()
     await server.generate(prompts.shared[0], max_new_tokens=1, ignore_eos=True)
     await part("shared", prompts.shared, tokens)
@@ -283,12 +284,12 @@ def _rows(
             row(part, "gap_of_first_difference", "nats", gaps)
             row(part, "gap_of_first_difference_most", "nats", [max(gaps)])
     if config:
-        row("second", "hit_rate_first_16", "1", [hit_rate(measured.groups["early"])])
-        # the same requests with nothing cached: their rings are filled from the whole prompt
-        row("second", "hit_rate_first_16_computed", "1", [hit_rate(measured.groups["computed"])])
-        later = Counter(measured.groups["later"])
-        later.subtract(measured.groups["early"])  # the same beginning, so what remains are the tokens after it
-        row("second", "hit_rate_after_16", "1", [hit_rate(later)])
+        # and the same requests with nothing cached: their rings are filled from the whole prompt
+        for before, suffix in (("", ""), ("computed ", "_computed")):
+            early, later = measured.groups[f"{before}early"], Counter(measured.groups[f"{before}later"])
+            later.subtract(early)  # the same beginning, so what remains are the tokens after it
+            row("second", f"hit_rate_first_16{suffix}", "1", [hit_rate(early)])
+            row("second", f"hit_rate_after_16{suffix}", "1", [hit_rate(later)])
     return results.as_text(rows)
 
 

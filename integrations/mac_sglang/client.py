@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 _LINE_BYTES = 2**22  # a streamed chunk repeats every token so far, on one line
 _SILENCE_S = 600.0  # between two chunks; the first one of a long prompt is the slowest
+_IDLE_S = 2.0  # of a connection that is used again; after 5 s SGLang closes it, maybe under a request
 
 
 @dataclass(slots=True)
@@ -157,7 +158,7 @@ async def open_session() -> AsyncIterator[ClientSession]:
     except ImportError:
         raise MissingError("aiohttp is not installed; install it with: pip install 'mac-kernels[sglang]'") from None
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=_SILENCE_S)
-    connector = aiohttp.TCPConnector(limit=0)
+    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=_IDLE_S)
     async with aiohttp.ClientSession(timeout=timeout, connector=connector, read_bufsize=_LINE_BYTES) as session:
         yield session
 

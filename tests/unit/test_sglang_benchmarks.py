@@ -220,7 +220,9 @@ def test_replies_without_a_common_time_cost_the_speed_alone(
     together = [reply(*(0.01 * at for at in range(60)), tokens=[1, 2, 3])] * 2
     apart = [together[0], reply(*(9 + 0.01 * at for at in range(60)), tokens=[1, 2, 4])]
     full = sglang_smollm2.Measured({"distinct": together, "shared": together})
-    counts = {part: Counter(AGE=1) for part in ("distinct", "shared", "early", "later", "computed")}
+    counts = {part: Counter(AGE=1) for part in ("distinct", "shared")}
+    hits = {"early": (6, 10), "later": (15, 20), "computed early": (7, 10), "computed later": (17, 20)}
+    counts |= {part: Counter(HIT=reused, AGE=all_ - reused) for part, (reused, all_) in hits.items()}
     mac = sglang_smollm2.Measured({"distinct": apart, "shared": together}, counts, {"distinct": [0.7], "shared": []})
     shape = {"num_attention_heads": 8, "num_key_value_heads": 2, "hidden_size": 512}
     args = SimpleNamespace(batch=2, prompt_tokens=10, tokens=60, tp=1, tie=0.5, command_line="")
@@ -233,6 +235,8 @@ def test_replies_without_a_common_time_cost_the_speed_alone(
     assert found["smollm2-distinct", "answers_wrong"] == "1" and found["smollm2-shared", "answers_wrong"] == "0"
     assert found["smollm2-distinct", "gap_of_first_difference_most"] == "0.7"
     assert found["smollm2-distinct-one-gpu", "equal_replies"] == "0.5"
+    second = ("hit_rate_first_16", "hit_rate_after_16", "hit_rate_first_16_computed", "hit_rate_after_16_computed")
+    assert [found["smollm2-second", metric] for metric in second] == ["0.6", "0.9", "0.7", "1"]
     assert "exact: no throughput of the part distinct" in capsys.readouterr().out
 
 
