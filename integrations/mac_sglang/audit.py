@@ -116,11 +116,16 @@ class Auditor:
         self._lengths.copy_(torch.where(drawn, seq_lens[self._row].long(), 0))
 
     def observe(
-        self, layer: int, q: torch.Tensor, paged_kv_cache: tuple[torch.Tensor, torch.Tensor], out: torch.Tensor
+        self,
+        layer: int,
+        q: torch.Tensor,
+        paged_kv_cache: tuple[torch.Tensor, torch.Tensor],
+        out: torch.Tensor,
+        scales: tuple[float, float] = (1.0, 1.0),
     ) -> None:
         """Compute the drawn request of one layer exactly, after the layer's decode.
 
-        ``q`` and ``out`` [B, Hq, D]; ``paged_kv_cache`` as for ``run``.
+        ``q`` and ``out`` [B, Hq, D]; ``paged_kv_cache`` and ``scales`` (of keys and values) as for ``run``.
         """
         self._length.copy_(self._lengths[layer])
         self._observed[layer] = self._lengths[layer]
@@ -132,6 +137,8 @@ class Auditor:
             layer=0,
             slots=self._none,
             generations=self._none,
+            k_scale=scales[0],
+            v_scale=scales[1],
             out=self._exact[layer : layer + 1],
         )
 

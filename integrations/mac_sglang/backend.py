@@ -108,6 +108,11 @@ class ServedAttention:
         if self._prefill is None or not (self._prefill.whole and self._all_served):
             super().init_forward_metadata(forward_batch)  # type: ignore[misc]  # the exact backend's
 
+    def init_cuda_graph_state(self, *args: Any, **options: Any) -> None:
+        """All decode graphs are about to be captured, anew after a change of the weights that asked for it."""
+        super().init_cuda_graph_state(*args, **options)  # type: ignore[misc]  # the exact backend's
+        self._captured.clear()  # SGLang has dropped the graphs that held their addresses
+
     def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
         """Prepare the capture or a replay of a graph: nothing to do for the method but the plan at capture."""
         decode = forward_batch.forward_mode.is_decode_or_idle()
@@ -158,6 +163,7 @@ class ServedAttention:
                 q, k, v, layer, forward_batch, save_kv_cache, **options
             )
             return exact
+        self._check_plain(options)
         if save_kv_cache and k is not None and v is not None:
             compat.write_kv(self, layer, forward_batch, k, v)
         assert self._plan is not None  # init_forward_metadata*() came first
@@ -177,6 +183,8 @@ class ServedAttention:
         """Attention of a prefill chunk: exact, but for what the method computes itself."""
         served = self._layers.served.get(layer.layer_id)
         prefill = None if served is None else self._prefill
+        if prefill is not None:
+            self._check_plain(options)
         out: torch.Tensor | None = None
         if prefill is None or not prefill.whole:
             out = super().forward_extend(  # type: ignore[misc]  # the exact backend's
@@ -189,6 +197,16 @@ class ServedAttention:
             return out
         queries = q.reshape(-1, layer.tp_q_head_num, layer.head_dim)
         return prefill.run(queries, out, self._caches(layer), self._scales(layer), served)
+
+    def _check_plain(self, options: Mapping[str, Any]) -> None:
+        """Models hand over here what changes their attention, such as learned sinks."""
+        asked = [name for name, value in options.items() if value is not None and value is not False]
+        if asked:
+            raise UnsupportedError(
+                f"--attention-backend {self.method.name}",
+                [f"a model whose attention takes {', '.join(asked)}"],
+                "Serve it with another --attention-backend.",
+            )
 
     def _caches(self, layer: Any) -> Caches:
         assert self._serving is not None  # a layer is served

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -25,6 +25,15 @@ RADIX_CACHE_BUILT = "sglang.srt.mem_cache.registry.create_tree_cache"
 RESULTS_PROCESSED = "sglang.srt.managers.scheduler.Scheduler.process_batch_result"
 CACHE_FLUSHED = "sglang.srt.managers.scheduler.Scheduler.flush_cache"
 GRAPH_REPLAYED = "sglang.srt.model_executor.runner.decode_cuda_graph_runner.DecodeCudaGraphRunner.execute"
+
+_ROTATED_WHERE: Mapping[str, Callable[[Any], Any]] = {
+    "AfmoeAttention": lambda owner: owner.is_local_attention,
+    "Cohere2MoeAttention": lambda owner: owner.is_sliding or owner.force_rope,
+    "CohereAttention": lambda owner: owner.v1 or owner.sliding_window_size > 0,
+    "Exaone4Attention": lambda owner: not owner.sliding_window_pattern or owner.is_sliding,
+    "ExaoneMoEAttention": lambda owner: owner.sliding_window or owner.apply_rope_all_layers,
+}
+"""When attention modules of SGLang's models use the rotary embedding that they have in every layer."""
 
 
 class SGLangChanged(MacError, RuntimeError):
@@ -149,7 +158,7 @@ def fence_reads_after_replay() -> None:
     """Let the scheduler wait for the end of a decode graph before it changes token slots that the graph may read.
 
     Later versions ask the backend (``shared_read_ends``). 0.5.17 takes it for granted that every backend has copied the
-    slots before the replay, and publishes an event that says so; without it, it waits for the whole pass.
+    slots before the replay, and publishes an event that says so; a later one takes its place.
     """
     from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 
@@ -158,7 +167,9 @@ def fence_reads_after_replay() -> None:
 
     def hook(result: Any, runner: Any, *args: Any, **kwargs: Any) -> None:
         del result, args, kwargs
-        runner.model_runner.war_fastpath_read_done_event = None
+        read_done = runner.device_module.Event()
+        read_done.record()
+        runner.model_runner.war_fastpath_read_done_event = read_done
 
     after(GRAPH_REPLAYED, hook)
 
@@ -197,6 +208,12 @@ def is_plain_rope(rotary: Any) -> bool:
         and table.dim() == 2
         and table.shape[1] == rotary.rotary_dim
     )
+
+
+def is_rotated(owner: Any) -> bool:
+    """Whether a layer whose module has a rotary embedding rotates its queries with it."""
+    rotates = _ROTATED_WHERE.get(type(owner).__name__)
+    return bool(getattr(owner, "use_rope", True) and (rotates is None or rotates(owner)))
 
 
 def rope_of(rotary: Any, context_len: int) -> Rope:
@@ -302,6 +319,15 @@ def tensor_ranks() -> int:
     from sglang.srt.runtime_context import get_parallel
 
     return int(get_parallel().tp_size)
+
+
+def rank_labels(runner: Any) -> dict[str, str]:
+    """What tells the metrics of this process from those of the server's others, as in SGLang's own metrics."""
+    from sglang.srt.runtime_context import get_parallel
+
+    # which of several replicas (--dp-size); 0.5.17 keeps it in a record of the runner
+    replica = getattr(getattr(runner, "ps", None) or get_parallel(), "dp_rank", None)
+    return {"tp_rank": str(tensor_rank()), **({} if replica is None else {"dp_rank": str(replica)})}
 
 
 def check_runner(runner: Any, name: str) -> None:

@@ -130,7 +130,7 @@ def _reason_against(layer: Any, kv_dtype: torch.dtype) -> str | None:
 def _reason_against_rotation(owner: Any) -> str | None:
     rotary = getattr(owner, "rotary_emb", None)
     checks = (
-        (rotary is None or not getattr(owner, "use_rope", True), "no rotary embedding"),
+        (rotary is None or not compat.is_rotated(owner), "no rotary embedding"),
         (rotary is not None and not compat.is_plain_rope(rotary), f"rotary embedding {type(rotary).__name__}"),
     )
     return next((reason for holds, reason in checks if holds), None)

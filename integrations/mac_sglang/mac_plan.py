@@ -62,7 +62,7 @@ class MacPlan:
             v_scale=scales[1],
         )
         if self._auditor is not None:
-            self._auditor.observe(layer.index, q, caches, out)
+            self._auditor.observe(layer.index, q, caches, out, scales)
         return out
 
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from .store import SnapshotService
 
 _WINDOW_PER_FEWEST = 32
-"""A pass has to bring at least this part of a window of a request's queries for them to be stored."""
+"""See :func:`fewest_rows`."""
 
 
 @dataclass(kw_only=True)
@@ -162,7 +162,12 @@ def worth_storing(row: BatchRow, *, window: int) -> bool:
     hardly any parallelism, for rows that a full ring hardly misses.
     """
     near_end = row.extend and row.end > row.tokens - window
-    return near_end and row.end - row.prefix >= max(1, window // _WINDOW_PER_FEWEST)
+    return near_end and row.end - row.prefix >= fewest_rows(window)
+
+
+def fewest_rows(window: int) -> int:
+    """Rows that are worth the trouble of storing them in a ring, or of saving the ring."""
+    return max(1, window // _WINDOW_PER_FEWEST)
 
 
 def for_rank(config: MacConfig, layers: LayerMap, layout: HeadLayout, rank: int) -> MacConfig:
@@ -183,7 +188,8 @@ def for_rank(config: MacConfig, layers: LayerMap, layout: HeadLayout, rank: int)
 def _snapshot_service(rings: RingPool, config: MacConfig, options: ServingOptions) -> SnapshotService:
     from .store import SnapshotService
 
-    return SnapshotService(rings, int(options.snapshot_memory_gb * GIB), min_tokens=config.min_context)
+    budget, rows = int(options.snapshot_memory_gb * GIB), fewest_rows(config.window)
+    return SnapshotService(rings, budget, min_tokens=config.min_context, min_rows=rows)
 
 
 def _auditor(site: Site, options: ServingOptions, rings: RingPool) -> Auditor | None:

@@ -1,7 +1,8 @@
 """What was decided, on the server's own ``/metrics``: device counters copied without a sync, published by a thread.
 
-Each step enqueues one small copy of the counters into pinned host memory. A thread reads that memory now and then and
-never calls CUDA, so that neither a step nor the capture of a graph can be disturbed.
+Each step enqueues one small copy of the counters into pinned host memory, on a stream of its own, so that no step waits
+for it. A thread reads that memory now and then and never calls CUDA, so that neither a step nor the capture of a graph
+can be disturbed.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class Metrics(ABC):
     tensors : sequence of torch.Tensor
         What :meth:`record` copies from the device.
     labels : mapping of str to str
-        Of every metric; ranks must differ in one (``tp_rank``).
+        Of every metric; processes of a server must differ in one (``tp_rank``, ``dp_rank``).
     registry : prometheus_client.CollectorRegistry, optional
         Default: that of the process. SGLang's HTTP server collects from all processes through the folder that it names
         in ``PROMETHEUS_MULTIPROC_DIR`` before it starts them.
@@ -84,6 +85,7 @@ class Metrics(ABC):
             for name, text in self.GAUGES.items()
         }
         self._last: dict[str, float] = {}
+        self._unread = 0.0
         self._mirrors = [_Mirror(tensor) for tensor in tensors]
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._publish_often, name="mac-metrics", daemon=True)
@@ -99,7 +101,7 @@ class Metrics(ABC):
         self.publish()
 
     def record(self) -> None:
-        """Enqueue the copy of the counters on the current stream; call it once per step, no host sync."""
+        """Enqueue the copy of what the current stream will have counted; call it once per step, no host sync."""
         for mirror in self._mirrors:
             mirror.copy()
 
@@ -117,7 +119,11 @@ class Metrics(ABC):
         """Publish tokens of one kv head and layer: those that were read, and all that attention would read."""
         new_read, new_total = self._new("read", read), self._new("whole", total)
         self._add("mac_read_kv_bytes", new_read * self._token_bytes)
-        self._add("mac_skipped_kv_bytes", max(new_total - new_read, 0) * self._token_bytes)
+        # a copy made within a step may have the one number of a layer and not yet the other
+        self._unread += new_total - new_read
+        skipped = max(self._unread, 0)
+        self._unread -= skipped
+        self._add("mac_skipped_kv_bytes", skipped * self._token_bytes)
 
     def _raise(self, name: str, value: float, label: str | None = None) -> None:
         self._add(name, self._new(f"{name} {label}", value), label)
@@ -236,6 +242,14 @@ class _Mirror:
     def __init__(self, device: torch.Tensor) -> None:
         self.device = device
         self.host = torch.zeros_like(device, device="cpu", pin_memory=device.is_cuda)
+        self._stream: torch.cuda.Stream | None = None
+        if device.is_cuda:
+            self._stream = torch.cuda.Stream(device.device)  # type: ignore[no-untyped-call]  # torch has no types for it
 
     def copy(self) -> None:
-        self.host.copy_(self.device, non_blocking=True)
+        if self._stream is None:
+            self.host.copy_(self.device)
+            return
+        self._stream.wait_stream(torch.cuda.current_stream(self.device.device))
+        with torch.cuda.stream(self._stream):
+            self.host.copy_(self.device, non_blocking=True)

@@ -239,7 +239,7 @@ def activate(serving: Serving) -> None:
     _current = serving
     args = serving.site.runner.server_args
     if args.enable_metrics:
-        labels = {"model_name": args.served_model_name or args.model_path, "tp_rank": str(compat.tensor_rank())}
+        labels = {"model_name": args.served_model_name or args.model_path, **compat.rank_labels(serving.site.runner)}
         metrics = serving.metrics(labels)
         serving.on_step.append(metrics.record)
         metrics.start()

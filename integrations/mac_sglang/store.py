@@ -98,6 +98,8 @@ class SnapshotService:
         Host memory for snapshots, at least one ring; taken at once, pinned with a GPU.
     min_tokens : int, default 0
         Prefixes shorter than this are not saved: they would never be used.
+    min_rows : int, default 1
+        Nor are rings that can have fewer rows: they would take the place of full ones.
 
     Raises
     ------
@@ -110,8 +112,8 @@ class SnapshotService:
     branches off there finds it as well, and keeps the tokens of that range to tell the exact branch point.
     """
 
-    def __init__(self, rings: RingPool, budget_bytes: int, *, min_tokens: int = 0) -> None:
-        self._rings, self._min_tokens = rings, max(1, min_tokens)
+    def __init__(self, rings: RingPool, budget_bytes: int, *, min_tokens: int = 0, min_rows: int = 1) -> None:
+        self._rings, self._min_tokens, self._min_rows = rings, max(1, min_tokens), min_rows
         self._window, self._block = rings.window, max(1, min(MAX_BLOCK, rings.window // 8))
         self._staging = Staging(rings)
         capacity = budget_bytes // self._staging.nbytes
@@ -169,7 +171,7 @@ class SnapshotService:
         if chain is None or owner is None or owner.rid != rid or not self._rings.holds(slot):
             return False
         low = max(owner.first, up_to - self._window)
-        if low >= up_to or up_to < self._min_tokens or up_to > len(chain):
+        if up_to - low < self._min_rows or up_to < self._min_tokens or up_to > len(chain):
             return False
         boundaries = self._boundaries(up_to)
         if not boundaries:

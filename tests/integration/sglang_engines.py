@@ -52,30 +52,49 @@ def without_aborted(outputs: list[list[list[int]]]) -> list[list[list[int]]]:
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """An engine with an attention backend, the files of its config folder, its steps, and variables of its own."""
+    """An engine with an attention backend, the files of its config folder, its steps, and what else is its own."""
 
     name: str
     backend: str
     steps: Steps = field(default_factory=lambda: STEPS)
     files: Mapping[str, str] = field(default_factory=lambda: {"config.json": '{"schema": 1}'})
     ranks: int = 1
+    page_size: int = 1
     environment: Mapping[str, str] = field(default_factory=dict)
 
 
 TORCH = Run("torch", "torch_native")
 
 
+SHAPE = {
+    "vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 512, "tie_word_embeddings": False,
+    # the usual 0.02 makes attention almost uniform, which would hide most mistakes
+    "initializer_range": 0.25,
+}  # fmt: skip
+
+
 def save_model(folder: Path) -> None:
     import transformers
 
-    config = transformers.LlamaConfig(
-        vocab_size=VOCAB, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=16, max_position_embeddings=512, tie_word_embeddings=False,
-        # the usual 0.02 makes attention almost uniform, which would hide most mistakes
-        initializer_range=0.25,
-    )  # fmt: skip
     torch.manual_seed(0)
+    config = transformers.LlamaConfig(num_hidden_layers=2, head_dim=16, **SHAPE)
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
+
+
+def save_sliding_model(folder: Path) -> None:
+    """A model whose middle layer has a sliding window."""
+    import transformers
+
+    torch.manual_seed(0)
+    full, sliding = "full_attention", "sliding_attention"
+    config = transformers.Olmo3Config(
+        num_hidden_layers=3, layer_types=[full, sliding, full], sliding_window=24, pad_token_id=0, **SHAPE
+    )
+    transformers.Olmo3ForCausalLM(config).save_pretrained(folder)
+    path = folder / "config.json"
+    # the name by which SGLang has both generations
+    path.write_text(json.dumps({**json.loads(path.read_text()), "architectures": ["Olmo2ForCausalLM"]}))
 
 
 def save_adapter(folder: Path) -> None:
@@ -112,7 +131,7 @@ class Engines:
             "attention_backend": run.backend, "sampling_backend": "pytorch",
             "disable_cuda_graph": True, "max_total_tokens": KV_TOKENS, "max_running_requests": 4,
             "context_length": 256, "chunked_prefill_size": CHUNK, "random_seed": 1, "log_level": "info",
-            "schedule_conservativeness": 0.1, "tp_size": run.ranks,
+            "schedule_conservativeness": 0.1, "tp_size": run.ranks, "page_size": run.page_size,
         }  # fmt: skip
         folder = self._folder / run.name
         config = folder / "config"

@@ -28,7 +28,7 @@ from mac_sglang.store import SnapshotService
 
 NEW = hasattr(RadixCache, "checkpoint") or not hasattr(RadixCache, "cache_finished_req")
 WINDOW, LAYOUT = 16, HeadLayout(2, 1, 8)
-CORES = ("rust", "python") if NEW else ("radix", "unified")
+CORES = ("rust", "python", "radix") if NEW else ("radix", "unified")
 
 
 class Request:
@@ -106,7 +106,8 @@ class Server:
     def admit(self, request: Request) -> int:
         """Match the prefix, lock it, take a row and give it a ring; returns the cached tokens."""
         tokens = request.full_untruncated_fill_ids
-        key = RadixKey(tokens, request.extra_key, limit=len(tokens) - 1)
+        salt = {"cache_salt": request.cache_salt} if request.cache_salt else {}
+        key = RadixKey(tokens, request.extra_key, limit=len(tokens) - 1, **salt)
         result = self.tree.match_prefix(MatchPrefixParams(key=key, req=request))
         indices = self.tree.path_device_indices(result.last_device_node) if NEW else result.device_indices
         matched = len(indices)
@@ -204,10 +205,18 @@ class Server:
         self.trace.append((what, value, *sizes, self.allocator.available_size()))
 
     def serve(
-        self, rid: str, tokens: list[int], answer: list[int], extra_key: str | None = None, *, chunk: int | None = None
+        self,
+        rid: str,
+        tokens: list[int],
+        answer: list[int],
+        extra_key: str | None = None,
+        *,
+        chunk: int | None = None,
+        **attributes: str,
     ) -> int:
-        """One request from start to finish; returns the rows that its ring began with."""
+        """One request, with these attributes, from start to finish; returns the rows that its ring began with."""
         request = Request(rid, tokens, extra_key)
+        vars(request).update(attributes)
         self.prefill(request, self.admit(request), chunk)
         self.decode(request, answer)
         self.end(request)
@@ -215,7 +224,7 @@ class Server:
 
 
 def make_tree(core: str, pool: Any, allocator: Any, page_size: int) -> Any:
-    """A tree of SGLang: ``radix`` or ``unified`` of 0.5.17, ``rust`` or ``python`` of the later versions."""
+    """A tree of SGLang: ``radix``, or a unified one: that of 0.5.17, or of later versions in ``rust`` or ``python``."""
     params = CacheInitParams(
         disable=False, req_to_token_pool=pool, token_to_kv_pool_allocator=allocator, page_size=page_size
     )

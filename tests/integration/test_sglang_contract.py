@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import importlib
 import inspect
 import pkgutil
+import re
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 pytest.importorskip("sglang_cpu", exc_type=ImportError)  # its work-arounds come before SGLang's imports
 
-from mac_sglang import compat
+from mac_sglang import compat, plugin, status
 
 pytestmark = pytest.mark.sglang
 PARAMETERS = {
@@ -39,6 +43,9 @@ PARAMETERS = {
     ],
     "sglang.srt.layers.attention.base_attn_backend.AttentionBackend.init_forward_metadata_in_graph": [
         "self", "forward_batch",
+    ],
+    "sglang.srt.layers.attention.base_attn_backend.AttentionBackend.init_cuda_graph_state": [
+        "self", "max_bs", "max_num_tokens",
     ],
     "sglang.srt.layers.attention.base_attn_backend.AttentionBackend.on_after_cuda_graph_warmup": ["self"],
     "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend.forward_decode": [
@@ -134,6 +141,24 @@ def test_pool_row_zero_is_scratch_and_generations_rise() -> None:
     assert pool.req_generation.tolist() == [0, 0, 0]
 
 
+def test_registering_twice_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
+    from sglang.srt.mem_cache.registry import registered_radix_cache_backends
+    from sglang.srt.server_args import ATTENTION_BACKEND_CHOICES
+
+    monkeypatch.setattr(status, "_STEPS", {})
+    found = []
+    for _ in range(2):
+        monkeypatch.setattr(plugin, "_registered", False)
+        plugin.register()
+        assert not status.problems() and len(status.steps()) == 3
+        found.append(
+            (list(ATTENTION_BACKEND_CHOICES), dict(ATTENTION_BACKENDS), list(registered_radix_cache_backends()))
+        )
+    assert found[0] == found[1]
+    assert {"mac", "tca"} <= found[0][1].keys() and "mac" in found[0][2]
+
+
 def test_unknown_version_is_refused_with_the_range(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compat, "version", lambda: (0, 6, 0))
     with pytest.raises(compat.SGLangChanged, match=r"0\.6\.0.*0\.5\.17 to 0\.5\.23"):
@@ -143,15 +168,27 @@ def test_unknown_version_is_refused_with_the_range(monkeypatch: pytest.MonkeyPat
 def test_reads_are_fenced_where_the_backend_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 
-    hooked: list[str] = []
-    monkeypatch.setattr(compat, "after", lambda target, hook: hooked.append(target))
+    hooked: dict[str, Any] = {}
+    monkeypatch.setattr(compat, "after", hooked.__setitem__)
     compat.fence_reads_after_replay()
     if hasattr(AttentionBackend, "shared_read_ends"):
         assert not hooked
         return
-    assert hooked == [compat.GRAPH_REPLAYED]
-    runner = inspect.getsource(importlib.import_module("sglang.srt.model_executor.model_runner"))
-    assert "war_fastpath_read_done_event" in runner
+    assert list(hooked) == [compat.GRAPH_REPLAYED]
+    recorded: list[Any] = []
+    event = type("Event", (), {"record": lambda self: recorded.append(self)})
+    before = object()  # SGLang's, from before the replay
+    model_runner = SimpleNamespace(war_fastpath_read_done_event=before)
+    hooked[compat.GRAPH_REPLAYED](
+        None, SimpleNamespace(device_module=SimpleNamespace(Event=event), model_runner=model_runner)
+    )
+    assert recorded == [model_runner.war_fastpath_read_done_event] != [before]
+    for module, names in (
+        ("sglang.srt.model_executor.runner.decode_cuda_graph_runner", ["model_runner.war_fastpath_read_done_event = "]),
+        ("sglang.srt.managers.scheduler", ["war_fastpath_read_done_event", "wait_event(ev)"]),
+    ):
+        source = inspect.getsource(importlib.import_module(module))
+        assert all(name in source for name in names)
 
 
 def test_fp8_cache_that_would_be_written_unscaled_is_refused() -> None:
@@ -159,6 +196,50 @@ def test_fp8_cache_that_would_be_written_unscaled_is_refused() -> None:
 
     with pytest.raises(compat.SGLangChanged, match=r"TorchNativeAttnBackend has no _kv_write_scales"):
         compat.check_fp8_writes(TorchNativeAttnBackend.__new__(TorchNativeAttnBackend))
+
+
+CONDITIONS = {
+    "AfmoeAttention": "self.is_local_attention",
+    "Cohere2MoeAttention": "self.is_sliding or self.force_rope",
+    "CohereAttention": "self.v1 or self.sliding_window_size > 0",
+    "Exaone4Attention": "not self.sliding_window_pattern or self.is_sliding",
+    "ExaoneMoEAttention": "self.sliding_window or self.apply_rope_all_layers",
+}
+BY_LAYER = "sliding|local|layer|pattern|force_rope"
+
+
+def _rotates(node: ast.AST) -> bool:
+    return any(isinstance(call, ast.Call) and ast.unparse(call.func) == "self.rotary_emb" for call in ast.walk(node))
+
+
+def test_layers_that_do_not_use_their_rotary_embedding_are_those_that_compat_knows() -> None:
+    found: dict[str, str] = {}
+    folder = Path(next(iter(importlib.import_module("sglang.srt.models").__path__)))
+    for path in folder.glob("*.py"):
+        text = path.read_text(encoding="utf-8-sig")
+        if "RadixAttention(" not in text:
+            continue
+        for module in (node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ClassDef)):
+            branches = (node for node in ast.walk(module) if isinstance(node, ast.If) and _rotates(node))
+            # what tells layers of one model apart; others ask for the device, a fused kernel, or whether there is one
+            for condition in (ast.unparse(branch.test) for branch in branches):
+                if re.search(BY_LAYER, condition):
+                    found[module.name] = condition
+    assert found == CONDITIONS, "queries are rotated in some layers only: see compat._ROTATED_WHERE"
+    assert set(found) == set(compat._ROTATED_WHERE)
+
+
+@pytest.mark.parametrize(("replica", "label"), [(None, {}), (0, {"dp_rank": "0"}), (3, {"dp_rank": "3"})])
+def test_replicas_of_a_server_have_metrics_of_their_own(replica: int | None, label: dict[str, str]) -> None:
+    from sglang.srt.model_executor.model_runner import ModelRunner
+    from sglang.srt.runtime_context import get_parallel
+
+    if "self.ps = ps" in inspect.getsource(ModelRunner.__init__):
+        runner, ranks = SimpleNamespace(ps=SimpleNamespace(dp_rank=replica)), {"tp_rank": 1}
+    else:
+        runner, ranks = SimpleNamespace(), {"tp_rank": 1, "dp_rank": replica}
+    with get_parallel().override(**ranks):
+        assert compat.rank_labels(runner) == {"tp_rank": "1", **label}
 
 
 def test_hook_is_applied_on_top_of_another_plugins_hook(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -75,6 +75,20 @@ def test_namespaces_share_nothing_and_exact_requests_store_nothing(core: str, ex
 
 
 @core
+@pytest.mark.parametrize(
+    "name", [pytest.param("cache_salt", marks=pytest.mark.skipif(not NEW, reason="0.5.17 has none")), "lora_id"]
+)
+def test_requests_of_another_salt_or_adapter_get_no_rows(core: str, name: str) -> None:
+    server = Server(core, tokens=800)
+    prompt = list(range(100, 160))
+    server.serve("a", prompt, [1])
+    for value in ("one", "other"):
+        assert server.serve(f"{value} 1", [*prompt, 1, 2], [], **{name: value}) == 0
+        assert server.serve(f"{value} 2", [*prompt, 1, 2, 3], [], **{name: value}) > 0
+    assert server.serve("b", [*prompt, 1, 4], []) > 0
+
+
+@core
 def test_chunks_of_a_prompt_are_not_saved_one_by_one(core: str) -> None:
     server = Server(core, tokens=400)
     server.serve("a", list(range(100, 180)), [], chunk=8)

@@ -87,6 +87,39 @@ def test_layer_that_mac_cannot_serve_is_exact_with_the_reason(changes: dict[str,
     assert not found.complete
 
 
+@pytest.mark.parametrize(
+    ("module", "rotated", "bare"),
+    [
+        ("AfmoeAttention", {"is_local_attention": True}, {"is_local_attention": False}),
+        ("Cohere2MoeAttention", {"is_sliding": False, "force_rope": True}, {"is_sliding": False, "force_rope": False}),
+        ("CohereAttention", {"v1": True, "sliding_window_size": -1}, {"v1": False, "sliding_window_size": -1}),
+        (
+            "Exaone4Attention",
+            {"sliding_window_pattern": None, "is_sliding": False},
+            {"sliding_window_pattern": "LLLG", "is_sliding": False},
+        ),
+        (
+            "ExaoneMoEAttention",
+            {"sliding_window": False, "apply_rope_all_layers": True},
+            {"sliding_window": False, "apply_rope_all_layers": False},
+        ),
+        ("AnyAttention", {}, {"use_rope": False}),
+    ],
+)
+def test_layer_that_does_not_use_its_rotary_embedding_is_exact(
+    module: str, rotated: dict[str, Any], bare: dict[str, Any]
+) -> None:
+    owners = []
+    for number, attributes in enumerate((rotated, bare)):
+        owner = type(module, (Owner,), {})(number, rotary())
+        vars(owner).update(attributes)
+        owners.append(owner)
+    found = layer_map(*owners)
+    assert list(found.served) == [0]
+    assert found.exact == {1: "no rotary embedding"}
+    assert list(layer_map(*owners, rotated=False).served) == [0, 1]
+
+
 def test_layers_without_rotation_are_served_where_nobody_has_to_know_it() -> None:
     found = layer_map(Owner(0, rotary()), Owner(1, None), Owner(2, rotary(), logit_cap=30.0), rotated=False)
     assert found.complete

@@ -75,6 +75,19 @@ def test_the_right_output_has_no_error() -> None:
     assert totals.error_sum / totals.groups < 1e-5
 
 
+def test_stored_keys_and_values_are_scaled_as_in_the_step() -> None:
+    model, scales = Model(rate=1.0), (0.25, 4.0)
+    model.pool_indices[2], model.lengths[2] = 3, 20  # no padding
+    model.auditor.begin(model.pool_indices, model.lengths)
+    for layer in range(LAYERS):
+        q = torch.randn(3, LAYOUT.num_qo_heads, LAYOUT.head_dim)
+        stored = (model.caches[layer, 0] / scales[0], model.caches[layer, 1] / scales[1])
+        model.auditor.observe(layer, q, stored, model.exact(layer, q), scales)
+    totals = model.totals()
+    assert totals.groups == LAYERS * LAYOUT.num_kv_heads
+    assert totals.error_sum / totals.groups < 1e-5
+
+
 def test_the_rate_is_the_share_of_steps_and_layers() -> None:
     model = Model(rate=0.25)
     steps = 600

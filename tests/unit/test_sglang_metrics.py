@@ -103,6 +103,19 @@ def test_groups_bytes_and_the_ratio_follow_the_counters() -> None:
     assert exported("mac_hit_ratio") == 0  # nothing new: the last known ratio stays
 
 
+def test_a_copy_made_within_a_step_skips_nothing_that_was_read() -> None:
+    exported = Exported()
+    exported.count(0, Reason.DISTANCE, 1, read=700, total=700)
+    exported.count(1, Reason.DISTANCE, 1, read=700)
+    exported.publish()
+    exported.count(1, Reason.DISTANCE, 0, total=700)
+    exported.publish()
+    assert (exported("mac_read_kv_bytes_total"), exported("mac_skipped_kv_bytes_total")) == (1400 * 64, 0)
+    exported.count(0, Reason.HIT, 1, read=100, total=800)
+    exported.publish()
+    assert exported("mac_skipped_kv_bytes_total") == 700 * 64
+
+
 def test_nothing_is_published_before_it_is_recorded() -> None:
     exported = Exported()
     exported.count(0, Reason.HIT, 5)

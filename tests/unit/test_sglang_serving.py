@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import weakref
 from collections import OrderedDict
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from mac_kernels import ConfigError, HeadLayout, MacConfig, RingPool, tuned
+from mac_kernels import ConfigError, HeadLayout, MacConfig, RingPool, UnsupportedError, tuned
 from mac_kernels.rope import Rope
 from mac_sglang import backend, compat, mac_serving
 from mac_sglang.backend import METHODS, ServedAttention
@@ -141,6 +142,21 @@ class Attention(ServedAttention):
         self._eager = OrderedDict()
 
 
+class Graphs:
+    """What SGLang's backend does for graphs."""
+
+    def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
+        """Nothing that matters here."""
+
+
+class CapturedAttention(Attention, Graphs):
+    """The part of a backend that plans what graphs record."""
+
+    def __init__(self, serving: Any) -> None:
+        super().__init__()
+        self._serving, self._all_served, self._captured = serving, True, []
+
+
 class Plan:
     """A plan that holds its tensors."""
 
@@ -166,12 +182,50 @@ def test_plans_without_graphs_are_kept_for_the_last_batch_sizes() -> None:
     assert len(attention._eager) == backend.EAGER_PLANS
 
 
+def test_plans_of_graphs_live_until_all_graphs_are_captured_anew() -> None:
+    made: list[weakref.ref[Plan]] = []
+
+    def plan(rows: torch.Tensor, lengths: torch.Tensor) -> Plan:
+        found = Plan(rows, lengths)
+        made.append(weakref.ref(found))
+        return found
+
+    attention = CapturedAttention(SimpleNamespace(plan=plan))
+    mode = SimpleNamespace(is_decode_or_idle=lambda: True)
+    for capture in range(1, 4):  # as /update_weights_from_disk does with recapture_cuda_graph
+        attention.init_cuda_graph_state(2, 2)
+        for size in (2, 1, 1):  # a batch size may have a graph for requests with adapters and one for those without
+            forward_batch = SimpleNamespace(forward_mode=mode, **vars(batch(size)))
+            attention.init_forward_metadata_out_graph(forward_batch, in_capture=True)
+        assert len(made) == 3 * capture
+        assert [ref() is not None for ref in made] == [False] * 3 * (capture - 1) + [True] * 3
+
+
 def test_a_plan_that_the_gpu_has_no_room_for_names_the_setting() -> None:
     def plan(rows: torch.Tensor, lengths: torch.Tensor) -> Plan:
         raise torch.OutOfMemoryError("out of memory")
 
     with pytest.raises(ConfigError, match=r"decode steps of 3 requests do not fit .*lower serving\.ring_memory_gb"):
         Attention()._eager_plan(SimpleNamespace(plan=plan), batch(3))
+
+
+def test_what_would_change_a_models_attention_is_never_left_out(site: Site, tmp_path: Path) -> None:
+    attention: Any = Attention()
+    attention._layers, attention._serving, attention._fp8 = site.layers, start(site, tmp_path), False
+    attention._plan = SimpleNamespace(run=lambda q, caches, scales, served: 2 * q)
+    layer = SimpleNamespace(layer_id=0, tp_q_head_num=4, head_dim=8)
+    q = torch.randn(3, 32)
+
+    def decode(**options: Any) -> torch.Tensor:
+        out: torch.Tensor = attention.forward_decode(q, None, None, layer, None, **options)
+        return out
+
+    assert torch.equal(decode(sinks=None, return_lse=False), 2 * q)
+    with pytest.raises(UnsupportedError, match=r"--attention-backend mac cannot be used: .*attention takes sinks"):
+        decode(sinks=torch.zeros(4))
+    attention._prefill = SimpleNamespace(whole=True)
+    with pytest.raises(UnsupportedError, match="attention takes sinks"):
+        attention.forward_extend(q, None, None, layer, None, sinks=torch.zeros(4))
 
 
 def test_the_memory_of_plans_is_counted_while_they_live(
@@ -184,3 +238,15 @@ def test_the_memory_of_plans_is_counted_while_they_live(
     del one
     assert active.plan_bytes == 20
     assert other.rows.shape == (2,)
+
+
+def test_the_audit_reads_the_cache_with_the_scales_of_the_step(site: Site, tmp_path: Path) -> None:
+    active = start(site, tmp_path, audit_rate=1.0)
+    assert active.auditor is not None
+    plan = active.plan(torch.tensor([1, 3]), torch.tensor([20, 30]))
+    k_cache, v_cache = torch.randn(2, ROWS * CONTEXT, 1, LAYOUT.num_kv_heads, LAYOUT.head_dim)
+    plan.begin()
+    plan.run(torch.randn(2, 4, 8), (k_cache, v_cache), (0.5, 4.0), site.layers.served[0])
+    plan.begin()  # counts the step
+    totals = active.auditor.read(active.auditor.totals)
+    assert totals.groups == LAYOUT.num_kv_heads and totals.error_sum < 1e-4

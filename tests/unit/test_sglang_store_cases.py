@@ -116,6 +116,15 @@ def test_short_prefixes_are_not_saved():
     assert len(chain) == 60
 
 
+def test_a_ring_with_hardly_a_row_takes_no_place_of_a_full_one():
+    pool, service = make_service(16, min_rows=4)
+    chain = run(pool, service, 0, "a", list(range(60)), 57)  # cached but for three tokens, without a snapshot
+    assert not service.save("a", 0, 60)
+    chain.extend(list(range(61)))
+    assert service.save("a", 0, 61)
+    assert service.stats.entries == 1
+
+
 def test_a_copy_that_fails_costs_nothing(monkeypatch):
     pool, service = make_service(16)
     chain = run(pool, service, 0, "a", list(range(40)), 0)
