@@ -2,8 +2,9 @@
 
 A step of one rank reads its share of the weights and of the keys and values, at the rate of the GPU's memory; every
 layer adds a fixed time for everything else, and with several ranks two all-reduces. MAC adds nothing to what ranks
-exchange: rings, matching and decisions belong to the heads of a rank. What a hit or a miss costs per layer is what one
-GPU needs for the kv groups of a rank (:mod:`mac_sglang.break_even`).
+exchange: rings, matching and decisions belong to the heads of a rank. What a hit costs per layer is what one GPU needs for
+the kv groups of a rank (:mod:`mac_sglang.break_even`). Where nothing hits, steps begin ahead of their decisions and take
+as long as the baseline's.
 
 One number is fitted, ``REST_US`` to the baseline on one GPU; ``ALL_REDUCE_US`` is what NCCL takes for some kilobytes
 over NVLink. The rest is predicted.
@@ -17,7 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mac_sglang.break_even import FULL_US, HIT_GROUP_US, HIT_US, MISS_US
+from mac_sglang.break_even import FULL_US, HIT_GROUP_US, HIT_US
 
 from . import results
 from .sglang_latency import LLAMA_70B, SHAPES
@@ -37,13 +38,12 @@ class Step:
     weights: float
     full: float
     hit: float
-    miss: float
     rest: float
     exchange: float
 
     def total(self, config: str) -> float:
         """``full`` (the baseline), ``always-hit`` or ``never-hit``."""
-        attention = {"full": self.full, "always-hit": self.hit, "never-hit": self.miss}[config]
+        attention = {"full": self.full, "always-hit": self.hit, "never-hit": self.full}[config]
         return self.weights + attention + self.rest + self.exchange
 
 
@@ -59,7 +59,6 @@ def step(shape: Mapping[str, Any], *, tp: int, batch: int, context: int, bytes_p
         weights=numbers * _ITEM / tp / bytes_per_us,
         full=layers * full,
         hit=layers * (HIT_US + HIT_GROUP_US * groups),
-        miss=layers * (full + MISS_US),
         rest=layers * REST_US,
         exchange=2 * layers * ALL_REDUCE_US if tp > 1 else 0.0,
     )

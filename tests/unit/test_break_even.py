@@ -48,11 +48,13 @@ def measured_rates() -> list[tuple[HeadLayout, int, int, float]]:
 
 def test_the_estimate_is_near_what_was_measured() -> None:
     rates = measured_rates()
-    # the others cross at no planted rate: after a step of misses alone the next one begins ahead of its decisions and
-    # takes as long as full attention. The estimate is for hit rates at which that is rare.
-    assert len(rates) == 7 and all(batch > 1 for _, batch, _, _ in rates)
-    for layout, batch, context, rate in rates:
+    larger = [found for found in rates if found[1] > 1]
+    assert len(larger) == 8
+    for layout, batch, context, rate in larger:
         assert estimate(layout, batch, context) == pytest.approx(rate, abs=0.04), (layout, batch, context)
+    # After a step of misses alone the next one of batch 1 begins ahead of its decisions and takes as long as full
+    # attention: it crosses at 0 or nowhere. The estimate is for hit rates at which that is rare.
+    assert all(rate < 0.01 for _, batch, _, rate in rates if batch == 1)
 
 
 def test_more_to_read_needs_fewer_hits() -> None:
