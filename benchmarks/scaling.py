@@ -2,9 +2,9 @@
 
 A step of one rank reads its share of the weights and of the keys and values, at the rate of the GPU's memory; every
 layer adds a fixed time for everything else, and with several ranks two all-reduces. MAC adds nothing to what ranks
-exchange: rings, matching and decisions belong to the heads of a rank. What a hit costs per layer is what one GPU needs for
-the kv groups of a rank (:mod:`mac_sglang.break_even`). Where nothing hits, steps begin ahead of their decisions and take
-as long as the baseline's.
+exchange: rings, matching and decisions belong to the heads of a rank. What a hit costs per layer is what one GPU needs
+for the kv groups of a rank (:mod:`mac_sglang.break_even`). Where nothing hits, a step is taken to be as long as the
+baseline's: it begins ahead of its decisions, or the batch is so large that deciding is a percent or so of it.
 
 One number is fitted, ``REST_US`` to the baseline on one GPU; ``ALL_REDUCE_US`` is what NCCL takes for some kilobytes
 over NVLink. The rest is predicted.

@@ -30,12 +30,17 @@ EXACT = {"custom_params": {"mac": "exact"}}
 _START_S = 480.0
 _STOP_S = 20.0
 _CANDIDATES = 5  # tokens that a tie is looked for among
-_PUBLISHED_S = 1.3  # mac_sglang publishes its counters once a second
+_PUBLISHED_S = 30.0  # mac_sglang publishes its counters once a second, later if its scheduler is busy
+_POLL_S = 0.2
 _LOGGED = re.compile(r"Decode batch, #running-req: (\d+),.*gen throughput \(token/s\): ([\d.]+)")
 
 
 class ServerDiedError(MacError, RuntimeError):
     """The server ended, or did not answer in eight minutes; the message has the end of its log."""
+
+
+class NotPublishedError(MacError, RuntimeError):
+    """The server did not bring its counters up to date in half a minute."""
 
 
 Started = Server | ServerDiedError
@@ -156,16 +161,49 @@ async def groups(server: Server) -> Counter[str]:
 
 
 async def counted(server: Server, name: str, label: str | None = None) -> Counter[str]:
-    """Return one of the server's counters, summed over all ranks, by one of its labels."""
+    """Return one of the server's counters, summed over all ranks, by one of its labels.
+
+    All passes whose answers came before the call are counted.
+
+    Raises
+    ------
+    NotPublishedError
+        If the server does not publish its counters.
+    """
+    counts: Counter[str] = Counter()
+    for sample in await _up_to_date(server):
+        if sample.name == name:
+            counts[sample.labels[label] if label else name] += sample.value
+    return counts
+
+
+async def _up_to_date(server: Server) -> list[Any]:
+    """The server's samples after two more publications of each rank; at once if they are not MAC's.
+
+    The first of them may have read its numbers before the call.
+    """
+    samples = await _samples(server)
+    before, deadline = _publications(samples), time.monotonic() + _PUBLISHED_S
+    while any(count < before[rank] + 2 for rank, count in _publications(samples).items()):
+        if time.monotonic() > deadline:
+            raise NotPublishedError(
+                f"{server.url} has not published its counters twice in {_PUBLISHED_S:.0f} s; look into its log, or "
+                "leave its scheduler a CPU core of its own"
+            )
+        await asyncio.sleep(_POLL_S)
+        samples = await _samples(server)
+    return samples
+
+
+async def _samples(server: Server) -> list[Any]:
     from prometheus_client.parser import text_string_to_metric_families
 
-    await asyncio.sleep(_PUBLISHED_S)
-    counts: Counter[str] = Counter()
-    for family in text_string_to_metric_families(await server.metrics()):
-        for sample in family.samples:
-            if sample.name == name:
-                counts[sample.labels[label] if label else name] += sample.value
-    return counts
+    return [sample for family in text_string_to_metric_families(await server.metrics()) for sample in family.samples]
+
+
+def _publications(samples: Sequence[Any]) -> Counter[str]:
+    """How often each rank has published."""
+    return Counter({str(one.labels): int(one.value) for one in samples if one.name == "mac_publications_total"})
 
 
 def hit_rate(counts: Counter[str]) -> float:

@@ -80,13 +80,18 @@ class Tally:
         return self.outcomes["equal"] + self.outcomes["equal up to a tie"] + len(self.wrong)
 
     @property
+    def settled(self) -> list[tuple[float, float, float]]:
+        """The entries of memory from when it has to be flat."""
+        return [entry for entry in self.memory if entry[0] >= _SETTLED * self.memory[-1][0]]
+
+    @property
     def tie_share(self) -> float:
         """Part of them that is equal up to a tie only; NaN without any."""
         return self.outcomes["equal up to a tie"] / self.checked if self.checked else float("nan")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run; 0 if everything held, 1 if something did not, 2 if the server, else the baseline's, or the input failed."""
+    """Run; 0 if everything held, 1 if something did not, else 2 if one of the servers or the input failed."""
     arguments = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(prog="python -m benchmarks.soak", description=__doc__)
     parser.add_argument("--minutes", type=float, default=8.0)
@@ -135,7 +140,7 @@ async def _run(args: argparse.Namespace, output: Path) -> int:
         spread = sorted(Counter(round(gap, 2) for gap in one.gaps).items())
         say(f"     {one.name}: nats behind, times: {', '.join(f'{gap:.2f}: {times}' for gap, times in spread)}")
     if failed:
-        say(f"{own.name}: FAILED, not reported: {failed}")
+        say(f"{own.name}: FAILED, its rows are left out: {failed}")
     elif others:
         results.upsert(output, _rows(_figures(own), (args.baseline, "full"), args, shape))
     return 1 if not all(good for _, good, _ in checks) else 2 if failed else 0
@@ -318,7 +323,7 @@ def _family(port: str) -> list[Any]:
 
 
 def _verdict(tally: Tally, *, alive: bool) -> list[Check]:
-    settled = [entry for entry in tally.memory if entry[0] >= _SETTLED * tally.memory[-1][0]]
+    settled = tally.settled
     growth = settled[-1][1] - settled[0][1]
     return [
         (
@@ -338,7 +343,7 @@ def _verdict(tally: Tally, *, alive: bool) -> list[Check]:
 
 
 def _figures(tally: Tally) -> Figures:
-    settled = [entry for entry in tally.memory if entry[0] >= _SETTLED * tally.memory[-1][0]]
+    settled = tally.settled
     return {
         "duration": ("s", tally.memory[-1][0]),
         "answers_equal": ("1", tally.outcomes["equal"]),

@@ -121,7 +121,7 @@ class Auditor:
         q: torch.Tensor,
         paged_kv_cache: tuple[torch.Tensor, torch.Tensor],
         out: torch.Tensor,
-        scales: tuple[float, float] = (1.0, 1.0),
+        scales: tuple[float, float],
     ) -> None:
         """Compute the drawn request of one layer exactly, after the layer's decode.
 

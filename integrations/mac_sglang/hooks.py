@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 from typing import Any
@@ -101,10 +102,12 @@ def _radix_cache_built(original: Any, context: Any) -> Any:
 
 def _results_processed(original: Any, scheduler: Any, *args: Any, **kwargs: Any) -> Any:
     notices = getattr(scheduler.tree_cache, "ring_notices", None)
-    if notices is None:
-        return original(scheduler, *args, **kwargs)
-    with notices.postponed():
-        return original(scheduler, *args, **kwargs)
+    with contextlib.nullcontext() if notices is None else notices.postponed():
+        result = original(scheduler, *args, **kwargs)
+    active = serving.current()
+    if active is not None:
+        active.end()
+    return result
 
 
 def _drop_after(what: str) -> Any:

@@ -1,8 +1,8 @@
 """What was decided, on the server's own ``/metrics``: device counters copied without a sync, published by a thread.
 
-Each step enqueues one small copy of the counters into pinned host memory, on a stream of its own, so that no step waits
-for it. A thread reads that memory now and then and never calls CUDA, so that neither a step nor the capture of a graph
-can be disturbed.
+When the results of a step are processed, one small copy of the counters into pinned host memory is enqueued, on a
+stream of its own, so that no step waits for it. A thread reads that memory now and then and never calls CUDA, so that
+neither a step nor the capture of a graph can be disturbed.
 """
 
 from __future__ import annotations
@@ -59,6 +59,7 @@ class Metrics(ABC):
         "mac_read_kv_bytes": ("bytes of keys and values that decode steps read", None),
         "mac_skipped_kv_bytes": ("bytes of keys and values that decode steps did not have to read", None),
         "mac_fallback": ("what was left to exact attention, by reason", "reason"),
+        "mac_publications": ("how often all of these were brought up to date", None),
     }
     GAUGES: ClassVar[Gauges] = {}
 
@@ -86,6 +87,7 @@ class Metrics(ABC):
         }
         self._last: dict[str, float] = {}
         self._unread = 0.0
+        self._add("mac_publications", 0)  # who waits for the next one needs to know of it before there is one
         self._mirrors = [_Mirror(tensor) for tensor in tensors]
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._publish_often, name="mac-metrics", daemon=True)
@@ -101,7 +103,7 @@ class Metrics(ABC):
         self.publish()
 
     def record(self) -> None:
-        """Enqueue the copy of what the current stream will have counted; call it once per step, no host sync."""
+        """Enqueue the copy of the counters; call it when the results of a step are there, no host sync."""
         for mirror in self._mirrors:
             mirror.copy()
 
@@ -110,6 +112,7 @@ class Metrics(ABC):
         self._publish([mirror.host for mirror in self._mirrors])
         for reason, count in dict(self._fallbacks).items():
             self._raise("mac_fallback", count, reason)
+        self._add("mac_publications", 1)
 
     @abstractmethod
     def _publish(self, hosts: list[torch.Tensor]) -> None:
@@ -178,8 +181,9 @@ class MacMetrics(Metrics):
         self._serving, self._auditor, self._padding = serving, auditor, 0.0
 
     def _publish(self, hosts: list[torch.Tensor]) -> None:
-        counts = hosts[0]
-        new = {reason.name: self._new(reason.name, int(counts[:, reason].sum())) for reason in Reason}
+        # tolist keeps the interpreter's lock, which a busy scheduler gives back 5 ms after each call that lets go of it
+        counts = [sum(column) for column in zip(*hosts[0].tolist(), strict=True)]
+        new = {reason.name: self._new(reason.name, counts[reason]) for reason in Reason}
         # rows that pad a batch to the size of its graph hold no ring; the host counts them a few steps earlier
         self._padding += self._new("padding", self._serving.padded_groups)
         padding = min(self._padding, new[Reason.NO_RING.name])
@@ -189,7 +193,7 @@ class MacMetrics(Metrics):
             self._add("mac_groups", count, name)
         if total := sum(new.values()):
             self._gauges["mac_hit_ratio"].set(new[Reason.HIT.name] / total)
-        self._add_kv(int(counts[:, _READ].sum()), int(counts[:, _TOTAL].sum()))
+        self._add_kv(counts[_READ], counts[_TOTAL])
         rings = self._serving.rings
         self._gauges["mac_rings"].set(rings.num_rings)
         self._gauges["mac_rings_in_use"].set(rings.num_rings - rings.free_rings)
@@ -228,7 +232,8 @@ class TcaMetrics(Metrics):
         self._serving = serving
 
     def _publish(self, hosts: list[torch.Tensor]) -> None:
-        self._add_kv(int(hosts[0][READ]), int(hosts[0][TOTAL]))
+        counts = hosts[0].tolist()
+        self._add_kv(counts[READ], counts[TOTAL])
         self._raise("mac_tca_prefill_tokens", self._serving.prefill_tokens)
         pool = self._serving.pool
         self._gauges["mac_tca_far_sets"].set(pool.num_sets)

@@ -143,9 +143,10 @@ class Serving(ABC):
     """The state of a method in a scheduler process.
 
     ``table`` who owns which part of what it stores; ``fallbacks`` what ran exactly, by reason (layers once at start,
-    requests once each); ``on_step`` is called before every pass, on its stream, and must not sync; ``chosen`` the
-    requests of the pass in progress, by their place in the batch, that the method treats in prefill; ``padded_entries``
-    entries of decode steps that only padded the batch of a graph; ``plan_bytes`` what the plans of decode steps hold.
+    requests once each); ``on_results`` is called when the results of a pass have been processed, and must not sync;
+    ``chosen`` the requests of the pass in progress, by their place in the batch, that the method treats in prefill;
+    ``padded_entries`` entries of decode steps that only padded the batch of a graph; ``plan_bytes`` what the plans of
+    decode steps hold.
     """
 
     site: Site
@@ -153,7 +154,7 @@ class Serving(ABC):
     table: RequestTable
     fallbacks: Counter[str]
     snapshots: SnapshotService | None = None
-    on_step: list[Callable[[], None]] = field(default_factory=list)
+    on_results: list[Callable[[], None]] = field(default_factory=list)
     chosen: Sequence[int] = ()
     padded_entries: int = 0
     plan_bytes: int = 0
@@ -212,7 +213,10 @@ class Serving(ABC):
             self._stale = ""
         if extend or not self.table.steady(slots):
             self.chosen = self.table.begin(rows(), self.restore)
-        for observe in self.on_step:
+
+    def end(self) -> None:
+        """Tell the observers that a forward pass is over: its results were processed."""
+        for observe in self.on_results:
             observe()
 
     def drop_all(self, reason: str) -> None:
@@ -241,7 +245,7 @@ def activate(serving: Serving) -> None:
     if args.enable_metrics:
         labels = {"model_name": args.served_model_name or args.model_path, **compat.rank_labels(serving.site.runner)}
         metrics = serving.metrics(labels)
-        serving.on_step.append(metrics.record)
+        serving.on_results.append(metrics.record)
         metrics.start()
 
 

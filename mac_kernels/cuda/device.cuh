@@ -1,4 +1,4 @@
-// What the front needs of the GPU beyond plain C++. The tests have a second implementation of these names on the CPU.
+// What the kernels need of the GPU beyond plain C++. The tests have a second implementation of these names on the CPU.
 #ifndef MAC_KERNELS_DEVICE
 #define MAC_KERNELS_DEVICE
 

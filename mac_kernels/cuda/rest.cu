@@ -295,7 +295,7 @@ DEVICE void write_part(const Args& a, const Shared& shared, i64 part, int warps,
     }
 }
 
-// Whether the next step may begin ahead. All tickets are taken.
+// Tells whether the next step may begin ahead; the tickets of this one are all taken.
 DEVICE void renew_tickets(const Args& a, bool reused, int thread) {
     reused = __syncthreads_or(reused);
     if (thread == 0) a.tickets[0] = a.tiles_ahead > 0 && !reused ? AHEAD : 0;

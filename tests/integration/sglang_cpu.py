@@ -57,9 +57,16 @@ def _count_into(path: Path) -> None:
         counts = _counts if isinstance(active, MacServing) else _tca_counts
         activate(active)
         if compat.tensor_rank() == 0:
-            active.on_step.append(lambda: path.write_text(json.dumps(counts(active))))
+            active.on_results.append(lambda: _replace(path, json.dumps(counts(active))))
 
     serving.activate = activated
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file at once: who waits for an answer reads it while the scheduler goes on."""
+    new = path.with_suffix(".new")
+    new.write_text(text)
+    new.replace(path)
 
 
 def _counts(active: Any) -> dict[str, Any]:

@@ -49,7 +49,7 @@ def test_ranks_share_reading_and_nothing_else(batch: int) -> None:
     assert one.full > two.full > one.full / 2  # a layer's fixed part stays
     assert four.exchange == two.exchange > one.exchange == 0
     for size in (one, two, four):
-        assert size.total("always-hit") < size.total("full") == size.total("never-hit")
+        assert size.total("always-hit") < size.total("full")
     # what does not hit shrinks with the ranks, what hits hardly does: reuse is worth less per step on more ranks
     gains = [size.total("full") / size.total("always-hit") for size in (one, two, four)]
     assert gains[0] > gains[1] > gains[2] > 1

@@ -11,6 +11,7 @@ from mac_sglang.audit import BOUNDS, Auditor
 LAYERS, ROWS, CONTEXT = 3, 4, 96
 LAYOUT = mk.HeadLayout(num_qo_heads=4, num_kv_heads=2, head_dim=16)
 ROPE = mk.Rope.from_inv_freq(10000.0 ** -(torch.arange(8) / 8))
+UNSCALED = (1.0, 1.0)
 
 
 class Model:
@@ -47,7 +48,7 @@ class Model:
         for layer in range(LAYERS):
             q = torch.randn(3, LAYOUT.num_qo_heads, LAYOUT.head_dim)
             cache = (self.caches[layer, 0], self.caches[layer, 1])
-            self.auditor.observe(layer, q, cache, self.exact(layer, q) * scale)
+            self.auditor.observe(layer, q, cache, self.exact(layer, q) * scale, UNSCALED)
 
     def totals(self):
         self.auditor.begin(self.pool_indices, self.lengths)  # counts the last step
@@ -128,7 +129,7 @@ def test_a_layer_that_was_not_observed_is_not_counted() -> None:
     model.pool_indices[2], model.lengths[2] = 3, 20
     model.auditor.begin(model.pool_indices, model.lengths)
     q = torch.randn(3, LAYOUT.num_qo_heads, LAYOUT.head_dim)
-    model.auditor.observe(1, q, (model.caches[1, 0], model.caches[1, 1]), model.exact(1, q))
+    model.auditor.observe(1, q, (model.caches[1, 0], model.caches[1, 1]), model.exact(1, q), UNSCALED)
     assert model.totals().groups == LAYOUT.num_kv_heads
 
 
@@ -142,7 +143,8 @@ def test_a_graph_records_it() -> None:
     def step() -> None:
         model.auditor.begin(model.pool_indices, model.lengths)
         for layer in range(LAYERS):
-            model.auditor.observe(layer, q[layer], (model.caches[layer, 0], model.caches[layer, 1]), served[layer])
+            caches = model.caches[layer, 0], model.caches[layer, 1]
+            model.auditor.observe(layer, q[layer], caches, served[layer], UNSCALED)
 
     step()  # compiles
     torch.cuda.synchronize()

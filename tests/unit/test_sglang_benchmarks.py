@@ -13,7 +13,17 @@ import pytest
 import torch
 
 from benchmarks import results, sglang_latency, sglang_smollm2
-from benchmarks.serving import Launch, agreement, free_port, groups, hit_rate, logged_speed, steady_speed, three
+from benchmarks.serving import (
+    Launch,
+    NotPublishedError,
+    agreement,
+    free_port,
+    groups,
+    hit_rate,
+    logged_speed,
+    steady_speed,
+    three,
+)
 from benchmarks.sglang import command_line
 from benchmarks.sglang_latency import MAC_CONFIGS, Measured, WrongResultError, _rows
 from benchmarks.sglang_smollm2 import make_prompts, pad_heads
@@ -59,8 +69,7 @@ def test_agreement_is_the_common_beginning(a: list[int], b: list[int], same: int
     assert agreement(a, b) == same
 
 
-def test_groups_are_summed_over_the_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("benchmarks.serving._PUBLISHED_S", 0)
+def test_groups_are_summed_over_the_ranks() -> None:
     text = (
         "# TYPE mac_groups_total counter\n"
         'mac_groups_total{reason="HIT",tp_rank="0"} 30.0\nmac_groups_total{reason="HIT",tp_rank="1"} 10.0\n'
@@ -73,6 +82,37 @@ def test_groups_are_summed_over_the_ranks(monkeypatch: pytest.MonkeyPatch) -> No
     counts = asyncio.run(groups(SimpleNamespace(metrics=metrics)))
     assert counts == Counter(HIT=40, AGE=10)
     assert hit_rate(counts) == 0.8
+
+
+class Late:
+    """A server of two ranks, the second of which publishes at every third reading only."""
+
+    url = "http://late"
+
+    def __init__(self) -> None:
+        self.readings = 0
+
+    async def metrics(self) -> str:
+        self.readings += 1
+        late = self.readings // 3
+        hits = 40 if late >= 2 else 10  # the first publication had begun before the last pass
+        return (
+            "# TYPE mac_publications_total counter\n"
+            f'mac_publications_total{{tp_rank="0"}} {7 + self.readings}\n'
+            f'mac_publications_total{{tp_rank="1"}} {5 + late}\n'
+            f'# TYPE mac_groups_total counter\nmac_groups_total{{reason="HIT",tp_rank="1"}} {hits}\n'
+        )
+
+
+def test_counters_are_read_when_every_rank_has_published_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.serving._POLL_S", 0)
+    assert asyncio.run(groups(Late())) == Counter(HIT=40)
+
+
+def test_counters_that_are_never_published_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.serving._PUBLISHED_S", 0)
+    with pytest.raises(NotPublishedError, match="http://late has not published"):
+        asyncio.run(groups(Late()))
 
 
 def test_the_servers_own_counts_are_read_from_its_log(tmp_path: Path) -> None:

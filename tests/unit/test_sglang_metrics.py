@@ -5,6 +5,9 @@ from __future__ import annotations
 import collections
 import json
 import re
+import sys
+import threading
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -164,6 +167,48 @@ def test_fallbacks_rings_snapshots_and_audit() -> None:
     assert exported("mac_audit_relative_error_sum_total") == 0.5
     assert exported("mac_audit_relative_error_bucket_total", le="0.1") == 3
     assert exported("mac_audit_relative_error_bucket_total", le="+Inf") == 4
+
+
+def test_the_last_pass_is_published_though_none_follows(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mac_sglang import hooks, serving
+
+    exported = Exported()
+    active = SimpleNamespace(on_results=[exported.metrics.record])
+    active.end = lambda: serving.Serving.end(active)
+    monkeypatch.setattr(serving, "_current", active)
+    scheduler = SimpleNamespace(tree_cache=None)
+    assert hooks._results_processed(lambda _: exported.count(0, Reason.HIT, 5) or "done", scheduler) == "done"
+    exported.metrics.publish()
+    assert exported("mac_groups_total", reason="HIT") == 5
+
+
+def test_publications_are_counted() -> None:
+    exported = Exported()
+    assert exported("mac_publications_total") == 0
+    exported.publish()
+    exported.publish()
+    assert exported("mac_publications_total") == 2
+
+
+def test_a_busy_scheduler_does_not_hold_up_a_publication() -> None:
+    exported, took = Exported(), []
+    exported.publish()
+
+    def publish() -> None:
+        begun = time.perf_counter()
+        exported.metrics.publish()
+        took.append(time.perf_counter() - begun)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(0.25)  # what a thread waits for at each call that gives the interpreter's lock away
+    try:
+        thread = threading.Thread(target=publish)
+        thread.start()
+        while thread.is_alive():
+            sum(range(1000))
+    finally:
+        sys.setswitchinterval(interval)
+    assert took[0] < 2
 
 
 def test_the_thread_publishes_and_ends(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -204,7 +204,7 @@ def test_a_baseline_that_fails_does_not_hide_the_verdict(
     out = capsys.readouterr().out
     assert found == status
     assert f"{verdict}  tokens of exact requests: {0 if status == 2 else 4} of 4" in out
-    assert "flashinfer: FAILED, not reported: " in out
+    assert "flashinfer: FAILED, its rows are left out: " in out
     wrong = {row["provider"]: row["p50"] for row in rows if row["metric"] == "answers_wrong"}
     assert wrong == {"mac": "0" if status == 2 else "4"}
 
