@@ -30,7 +30,7 @@ EXACT = {"custom_params": {"mac": "exact"}}
 _START_S = 480.0
 _STOP_S = 20.0
 _CANDIDATES = 5  # tokens that a tie is looked for among
-_PUBLISHED_S = 30.0  # mac_sglang publishes its counters once a second, later if its scheduler is busy
+_PUBLISHED_S = 30.0  # at most, for two publications: mac_sglang makes one a second, fewer if its scheduler is busy
 _POLL_S = 0.2
 _LOGGED = re.compile(r"Decode batch, #running-req: (\d+),.*gen throughput \(token/s\): ([\d.]+)")
 

@@ -101,7 +101,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--preset", default="exact", help="of the server; checked requests are exact in any case")
     parser.add_argument("--dtype", choices=("float16", "bfloat16"), default="float16", help="of model and KV cache")
     parser.add_argument("--longest", type=int, default=7_000, help="tokens of the longest prompts")
-    parser.add_argument("--tie", type=float, default=0.1, help="nats within which two tokens count as tied")
+    tie = "nats within which two tokens count as tied; bfloat16 rounds so that it needs .5 or more"
+    parser.add_argument("--tie", type=float, default=0.1, help=tie)
     add_server_arguments(parser)
     args = parser.parse_args(arguments)
     args.command_line = command_line("benchmarks.soak", arguments)

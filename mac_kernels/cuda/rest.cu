@@ -316,7 +316,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) rest(const __grid_const
     }
     if (thread == 0) shared.ticket = ticket;
     __syncthreads();
-    const bool ahead = shared.ticket >= AHEAD, guesses = ahead && !late;
+    const bool ahead = shared.ticket >= AHEAD, guesses = ahead && !late;  // it begins without the decision
     const int order = shared.ticket & ~AHEAD;
     const bool is_first = order == 0, is_last = a.early_blocks > 0 && order == a.num_blocks - 1;
     if (!late && !ahead) {
